@@ -1,0 +1,78 @@
+"""Checkpoints: a folder that is either whole or absent, holding everything a run needs to continue exactly."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from teachers.pretrained import load_tensors, read_safetensors
+
+PREFIX = "checkpoint-"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [p for p in output_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: dict, limit: int
+) -> Path:
+    """Write ``checkpoint-{step}`` under a temporary name, rename it, then drop the oldest beyond ``limit``.
+
+    Raises:
+        OSError: for example a full disk; what was there before is untouched and no partial folder stays.
+    """
+    target = output_dir / f"{PREFIX}{step}"
+    temporary = output_dir / f".{PREFIX}{step}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        for name, module in modules.items():
+            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(state))
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact") from error
+    for old in checkpoints(output_dir)[:-limit]:
+        shutil.rmtree(old)
+    return target
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to resume: ``"latest"`` (``None`` if there is none yet) or a folder.
+
+    Raises:
+        FileNotFoundError: a folder that is not a checkpoint.
+    """
+    if resume == "latest":
+        return next(reversed(checkpoints(output_dir)), None)
+    if not (Path(resume) / "state.json").is_file():
+        have = ", ".join(str(p) for p in checkpoints(output_dir)) or "none"
+        raise FileNotFoundError(f"resume_from_checkpoint {resume!r} is not a checkpoint; in this run: {have}")
+    return Path(resume)
+
+
+def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
+    """Restore modules and optimizer in place; the saved ``state`` comes back.
+
+    Raises:
+        ValueError: a file that is missing, broken, or does not fit.
+    """
+    for name, module in modules.items():
+        file = path / f"{name}.safetensors"
+        load_tensors(module, read_safetensors(file), str(file))
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        return json.loads((path / "state.json").read_text())
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to resume from an earlier one") from error

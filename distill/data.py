@@ -1,0 +1,206 @@
+"""Training images: bundled, on disk, from a hub, or drawn once from the teacher."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm import tqdm
+
+from distill.recipe import DataConfig, Recipe
+from distill.sampling import generate
+from teachers import Teacher
+
+ASSETS = Path(__file__).parent / "assets"
+SIGMA_DATA_TOLERANCE = 0.05
+
+
+class Images(Dataset):
+    """An HF dataset as pairs of an image ``(C, H, W)``, float32 in [-1, 1], and an integer label (0 if there is none)."""
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str | None, channels: int):
+        self.rows, self.image_column, self.label_column = rows, image_column, label_column
+        self.mode = {1: "L", 3: "RGB"}[channels]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        pixels = np.asarray(row[self.image_column].convert(self.mode), dtype=np.float32)
+        pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+        return torch.from_numpy(pixels / 127.5 - 1), row[self.label_column] if self.label_column else 0
+
+
+def open_rows(source: str, split: str) -> datasets.Dataset:
+    """``source``: ``mnist`` (bundled), a parquet file or folder of them, an image folder, or a hub id.
+
+    Raises:
+        FileNotFoundError: nothing on disk by that name and no hub to ask.
+        ValueError: it cannot be read as images.
+    """
+    if source == "mnist":
+        source = str(ASSETS / "mnist")
+    path = Path(source)
+    if path.is_file():
+        return load("parquet", source, data_files=[str(path)], split="train")
+    if path.is_dir() and (files := sorted(str(f) for f in path.glob(f"{split}*.parquet"))):
+        return load("parquet", source, data_files=files, split="train")
+    if path.is_dir():
+        return load("imagefolder", source, data_dir=source, split=split)
+    if path.is_absolute() or source.startswith(".") or source.endswith(".parquet"):
+        raise FileNotFoundError(f"data source {source!r} does not exist; give a parquet file, a folder, or a hub id")
+    return load(source, source, split=split)
+
+
+def load(builder: str, source: str, **kwargs) -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(builder, **kwargs)
+    except Exception as error:  # datasets raises many kinds; the user needs the source and the reason
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data source {source!r}, split {kwargs.get('split')!r}, cannot be loaded: {reason}") from error
+
+
+def load_images(config: DataConfig, channels: int) -> Images:
+    """The images a recipe names, decoded lazily.
+
+    Raises:
+        ValueError: a column that the data does not have.
+    """
+    rows = open_rows(config.source, config.split)
+    for column in filter(None, (config.image_column, config.label_column)):
+        if column not in rows.column_names:
+            have = ", ".join(rows.column_names)
+            raise ValueError(f"data source {config.source!r} has no column {column!r}; it has: {have}")
+    return Images(rows, config.image_column, config.label_column, channels)
+
+
+def as_tensors(images: Dataset) -> tuple[Tensor, Tensor]:
+    """All images ``(N, C, H, W)`` float32 in [-1, 1] and labels ``(N,)``, for data that fits in memory."""
+    loader = DataLoader(images, batch_size=1000)
+    batches = list(loader)
+    return torch.cat([x for x, _ in batches]), torch.cat([torch.as_tensor(y) for _, y in batches])
+
+
+# Below this many values a data set is decoded once and kept in memory: a training step then costs no decoding.
+IN_MEMORY_VALUES = 200_000_000
+
+
+def training_data(recipe: Recipe, teacher: Teacher | None, cache: Path) -> Dataset:
+    """The training set of a recipe, checked against it.
+
+    Raises:
+        ValueError: a sample shape, label or sigma_data that does not fit the recipe.
+    """
+    if recipe.data.source == "teacher":
+        return TensorDataset(*teacher_samples(teacher, recipe, cache))
+    images = load_images(recipe.data, recipe.sample_shape[0])
+    shape = tuple(images[0][0].shape)
+    if shape != tuple(recipe.sample_shape):
+        raise ValueError(
+            f"images of {recipe.data.source!r} have shape {list(shape)}, the recipe and its model "
+            f"want {recipe.sample_shape}"
+        )
+    if len(images) * math.prod(shape) <= IN_MEMORY_VALUES:
+        images = TensorDataset(*as_tensors(images))
+    check_sigma_data(images, recipe)
+    check_label_range(images, recipe)
+    return images
+
+
+def check_sigma_data(images: Dataset, recipe: Recipe) -> None:
+    """Compare the recipe's sigma_data with the data's standard deviation (over up to 10,000 images)."""
+    indices = torch.linspace(0, len(images) - 1, min(len(images), 10_000)).long()
+    values = torch.stack([images[int(i)][0] for i in indices])
+    measured = values.double().std().item()
+    if abs(measured - recipe.sigma_data) > SIGMA_DATA_TOLERANCE * recipe.sigma_data:
+        raise ValueError(
+            f"sigma_data is {recipe.sigma_data} in the recipe but {measured:.4f} measured on {recipe.data.source!r}; "
+            f"they may differ by {SIGMA_DATA_TOLERANCE:.0%} at most"
+        )
+
+
+def check_label_range(images: Dataset, recipe: Recipe) -> None:
+    if recipe.num_classes is None or not isinstance(images, TensorDataset):
+        return
+    top = int(images.tensors[1].max())
+    if top >= recipe.num_classes:
+        raise ValueError(f"label {top} in {recipe.data.source!r} is out of range for num_classes {recipe.num_classes}")
+
+
+def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tensor, Tensor]:
+    """Samples of the teacher in place of a data set, drawn once and cached under ``cache``.
+
+    The file's name is a hash of the teacher's weights and of everything else the samples depend on.
+    """
+    config = recipe.data
+    facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, teacher.guidance_scale, teacher.metadata()]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for _, tensor in sorted(teacher.state_dict().items()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    path = cache / f"teacher-samples-{digest.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        draw_teacher_samples(teacher, config, recipe.seed, path)
+    with safe_open(path, "pt") as file:
+        images, labels = file.get_tensor("images"), file.get_tensor("labels")
+    return images.float() / 127.5 - 1, labels.long()
+
+
+def draw_teacher_samples(teacher: Teacher, config: DataConfig, seed: int, path: Path) -> None:
+    batches = generate(
+        teacher, config.num_teacher_samples, num_inference_steps=config.teacher_steps, role="teacher", seed=seed
+    )
+    images, labels = [], []
+    with tqdm(total=config.num_teacher_samples, desc="teacher samples", unit="image") as bar:
+        for x, y in batches:
+            images.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
+            labels.append((torch.zeros(len(x), dtype=torch.long) if y is None else y).cpu())
+            bar.update(len(x))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"images": torch.cat(images), "labels": torch.cat(labels)}, temporary)
+    os.replace(temporary, path)
+
+
+class StepSampler:
+    """Batches of indices as a function of the step alone, so that a resumed run sees the data it would have seen.
+
+    Every process takes its share of one global batch; each index appears once an epoch. The last incomplete batch of
+    an epoch is dropped.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
+        if size < batch_size * world:
+            raise ValueError(f"{size} images are fewer than one batch of {batch_size * world}")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.size // (self.batch_size * self.world)
+        epoch, order = None, None
+        for step in range(self.start, self.stop):
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
+                order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
+            first = ((step % per_epoch) * self.world + self.rank) * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
+def training_loader(data: Dataset, sampler: StepSampler, num_workers: int) -> DataLoader | Iterator:
+    """Batches ``(x0, labels)``; data in memory is indexed directly."""
+    if isinstance(data, TensorDataset):
+        return ((data.tensors[0][i], data.tensors[1][i]) for i in sampler)
+    return DataLoader(data, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)

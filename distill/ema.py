@@ -1,0 +1,60 @@
+"""Exponential moving averages of a network's weights, several at once."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """Exponent ``gamma`` of the power-function profile of relative width ``sigma_rel``: the largest real root of
+    ``g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2)`` (EDM2, arXiv 2312.02696, appendix C).
+
+    Raises:
+        ValueError: outside ``(0, 0.28]``, where no such profile exists.
+    """
+    if not 0 < sigma_rel <= 0.28:
+        raise ValueError(f"sigma_rel must be in (0, 0.28], got {sigma_rel}")
+    roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
+    return float(roots[np.isreal(roots)].real.max())
+
+
+class EMA:
+    """A shadow copy of ``network`` that follows it.
+
+    Args:
+        half_life_images: images after which an old weight's share has halved. It is shortened to a tenth of the
+            images seen so far, so that the first average does not remember the initial weights.
+        sigma_rel: relative width of a power-function average instead; its decay is ``(1 - batch / images)^(gamma + 1)``.
+    """
+
+    def __init__(self, network: nn.Module, half_life_images: float | None = None, sigma_rel: float | None = None):
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.half_life_images = half_life_images
+        self.exponent = None if sigma_rel is None else power_exponent(sigma_rel)
+
+    def to(self, device: torch.device) -> "EMA":
+        self.network.to(device)
+        return self
+
+    def decay(self, images: int, batch: int) -> float:
+        """The factor on the old average after a step of ``batch`` images, ``images`` in total with this step."""
+        if self.exponent is not None:
+            return (1 - batch / images) ** (self.exponent + 1)
+        return 0.5 ** (batch / min(self.half_life_images, max(images / 10, 1e-8)))
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, images: int, batch: int) -> None:
+        """Fold in the weights of ``network``; buffers and frozen parameters are copied."""
+        averaged, current = [], []
+        for old, new in zip(self.tensors(self.network), self.tensors(network), strict=True):
+            if isinstance(new, nn.Parameter) and new.requires_grad:
+                averaged.append(old.data), current.append(new.data)
+            else:
+                old.copy_(new)
+        torch._foreach_lerp_(averaged, current, 1 - self.decay(images, batch))
+
+    @staticmethod
+    def tensors(network: nn.Module) -> list[Tensor]:
+        return [*network.parameters(), *network.buffers()]

@@ -1,0 +1,48 @@
+"""Endpoint error: how far the student's ``f(x_t, t)`` is from where the teacher's PF-ODE takes the same ``x_t``.
+
+It needs a few images and no feature network, and shows divergence hundreds of steps before samples do.
+"""
+
+import torch
+from torch import Tensor
+
+from distill import trigflow
+from distill.sampling import evaluation_mode, solve_ode
+from teachers import Teacher
+
+TIMES = (0.3, 0.8, 1.1, 1.3, 1.45, 1.53)
+
+
+class EndpointError:
+    """The error at fixed noisy images, at six times.
+
+    Args:
+        teacher: its PF-ODE is solved once, from every ``x_t``, by Heun's method.
+        x0: real images ``(B, C, H, W)``; ``labels`` ``(B,)`` or ``None``.
+        seed: of the noise.
+    """
+
+    def __init__(self, teacher: Teacher, x0: Tensor, labels: Tensor | None, seed: int = 0, num_inference_steps=40):
+        self.labels = labels
+        generator = torch.Generator().manual_seed(seed)
+        z = (teacher.sigma_data * torch.randn(x0.shape, generator=generator)).to(x0)
+        self.noisy = {t: trigflow.perturb(x0, z, torch.tensor(t)).to(x0) for t in TIMES}
+        self.ends = {t: solve_ode(teacher, x, t, labels, num_inference_steps) for t, x in self.noisy.items()}
+
+    @torch.no_grad()
+    def __call__(self, student: Teacher, guidance: float | None = None) -> dict[float, float]:
+        """RMS of ``f(x_t, t)`` minus the end of the ODE, in units of sigma_data, by time."""
+        errors = {}
+        with evaluation_mode(student):
+            for time, x_t in self.noisy.items():
+                t = torch.full((len(x_t),), time, device=x_t.device)
+                scale = None if guidance is None else torch.full_like(t, guidance)
+                f = trigflow.consistency_function(x_t, student(x_t, t, self.labels, scale), t, student.sigma_data)
+                errors[time] = (f - self.ends[time]).square().mean().sqrt().item() / student.sigma_data
+        return errors
+
+
+def rising_at_small_t(history: list[dict[float, float]]) -> bool:
+    """Whether the error at the smallest time has doubled since its best: the first sign of divergence."""
+    errors = [errors[TIMES[0]] for errors in history]
+    return len(errors) > 1 and errors[-1] > 2 * min(errors)

@@ -1,0 +1,222 @@
+"""The continuous-time consistency objective sCM (arXiv 2410.11081, Algorithm 1), its discrete counterpart
+(appendix E), and the diffusion objective that trains teachers.
+
+Every network here is a :class:`teachers.Teacher`, called as ``F(x_t, t, labels, guidance)``; the paper's
+``F_theta(x_t / sigma_data, t)`` is that call.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill import trigflow
+from distill.jvp import jvp, record_rng, replay_rng
+from distill.recipe import Recipe, TangentConfig
+from teachers import Teacher
+from teachers.networks.layers import PositionalEmbedding
+
+
+class Loss(NamedTuple):
+    """A loss to minimise and what to log of it (scalars)."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+class AdaptiveWeighting(nn.Module):
+    """``w_phi(t)`` of equation 8: a linear layer on a positional embedding of ``t``; zero at initialisation."""
+
+    def __init__(self, dim: int = 64):
+        super().__init__()
+        self.embedding = PositionalEmbedding(dim)
+        self.linear = nn.Linear(dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """``(B,)`` for times ``(B,)``."""
+        return self.linear(self.embedding(t.float())).squeeze(1)
+
+
+def weighted_loss(squared_error: Tensor, t: Tensor, weighting: nn.Module | None) -> Tensor:
+    """``mean(e^w(t) squared_error - w(t))`` (equation 8); without a weighting, the plain mean.
+
+    ``squared_error`` ``(B,)`` is already divided by the number of dimensions.
+    """
+    if weighting is None:
+        return squared_error.mean()
+    w = weighting(t)
+    return (w.exp() * squared_error - w).mean()
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Per-sample mean of squares ``(B,)``, in fp32 or better."""
+    return (x if x.dtype == torch.float64 else x.float()).square().flatten(1).mean(1)
+
+
+def normalize_tangent(g: Tensor, config: TangentConfig) -> Tensor:
+    """Step 5 of Algorithm 1: ``g / (||g|| + c)``, or clipping to ``[-c, c]``.
+
+    The paper writes ``||g||`` without saying which norm; ``l2`` sums over the sample, ``rms`` is smaller by sqrt(D), so
+    that the same ``c`` means different things.
+    """
+    if config.normalization == "none":
+        return g
+    if config.normalization == "clip":
+        return g.clamp(-config.constant, config.constant)
+    norm = mean_square(g).sqrt()
+    if config.normalization == "l2":
+        norm = norm * math.sqrt(g[0].numel())
+    return g / trigflow.expand(norm + config.constant, g)
+
+
+def consistency_tangent(
+    x_t: Tensor, t: Tensor, dx_dt: Tensor, F: Tensor, cos_sin_dF: Tensor, r: float, sigma_data: float
+) -> Tensor:
+    """Step 4 of Algorithm 1, ``g = -cos^2(t) (sigma_data F - dx/dt) - r (cos(t) sin(t) x_t + sigma_data cos_sin_dF)``.
+
+    ``cos_sin_dF`` is ``cos(t) sin(t) dF/dt`` along the PF-ODE, as JVP rearrangement delivers it; ``r`` is the tangent
+    warm-up. ``g = cos(t) df/dt`` at ``r = 1``.
+    """
+    t = trigflow.expand(t, x_t)
+    cos, sin = t.cos(), t.sin()
+    return -cos.square() * (sigma_data * F - dx_dt) - r * (cos * sin * x_t + sigma_data * cos_sin_dF)
+
+
+class Diffusion:
+    """TrigFlow's diffusion loss ``E ||F(x_t, t) - v_t / sigma_data||^2`` (equation 4), which trains teachers.
+
+    For an EDM network it is EDM's own weighted loss; for a flow network it is flow matching weighted by noise level.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.weighting = AdaptiveWeighting() if recipe.adaptive_weighting else None
+
+    def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
+        p = self.recipe
+        t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, p.sigma_data, generator).to(x0.device)
+        z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
+        if labels is not None and p.label_dropout:
+            drop = (torch.rand(len(x0), generator=generator) < p.label_dropout).to(x0.device)
+            labels = torch.where(drop, p.num_classes, labels)
+        t = t.float()
+        target = trigflow.velocity(x0, z, t) / p.sigma_data
+        error = mean_square(student(trigflow.perturb(x0, z, t), t, labels) - target)
+        return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
+
+
+class Consistency:
+    """sCM (Algorithm 1): distillation from a teacher (sCD), or training from data alone (sCT).
+
+    Args:
+        recipe: the experiment; see :class:`distill.recipe.Recipe`.
+        teacher: frozen; gives the PF-ODE velocity. ``None`` for consistency training.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Teacher | None):
+        self.recipe, self.teacher = recipe, teacher
+        self.weighting = AdaptiveWeighting() if recipe.adaptive_weighting else None
+        self.grid = discrete_times(recipe.discrete_steps, recipe.sigma_data) if recipe.discrete_steps else None
+
+    def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
+        """One step's loss.
+
+        Args:
+            student: the prepared network whose forward is differentiated (DDP, FSDP or plain).
+            network: the same network unwrapped, for the derivative along the PF-ODE.
+            x0: images ``(B, C, H, W)``; ``labels`` ``(B,)`` or ``None``.
+            step: optimizer steps done, for the tangent warm-up.
+            generator: CPU generator of this step's noise, times and guidance scales.
+        """
+        p = self.recipe
+        sd = p.sigma_data
+        t, t_next = self.sample_times(len(x0), generator, x0.device)
+        z = sd * torch.randn(x0.shape, generator=generator).to(x0.device)
+        guidance = self.sample_guidance(len(x0), generator, x0.device)
+        x_t = trigflow.perturb(x0, z, t)
+        r = min(1.0, step / p.tangent.warmup_steps) if p.tangent.warmup_steps else 1.0
+
+        with torch.no_grad():
+            dx_dt = self.pf_ode_velocity(x0, z, x_t, t, labels, guidance)
+        # The loss forward must see the dropout masks that the derivative saw.
+        rng = record_rng(x0.device) if network.training else None
+        if self.grid is None:
+            F_old, g = self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
+        else:
+            F_old, g = self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
+        tangent_norm = mean_square(g).sqrt()
+        g = normalize_tangent(g, p.tangent)
+        with replay_rng(rng) if rng else nullcontext():
+            F = student(x_t, t, labels, guidance)
+        error = mean_square(F - (F_old + g))
+        logs = {"tangent_norm": tangent_norm.mean(), "squared_error": error.detach().mean()}
+        return Loss(weighted_loss(error, t, self.weighting), logs)
+
+    def sample_times(self, n: int, generator, device) -> tuple[Tensor, Tensor | None]:
+        """Times ``t`` and, for the discrete objective, their next smaller grid times; fp32."""
+        p = self.recipe
+        t = trigflow.sample_times(n, p.p_mean, p.p_std, p.sigma_data, generator)
+        if self.grid is None:
+            return t.float().to(device), None
+        index = torch.searchsorted(self.grid, t).clamp(1, len(self.grid) - 1)
+        return self.grid[index].float().to(device), self.grid[index - 1].float().to(device)
+
+    def sample_guidance(self, n: int, generator, device) -> Tensor | None:
+        """Guidance scales ``(n,)``, uniform over the recipe's range; ``None`` when the scale is fixed."""
+        if not isinstance(self.recipe.guidance_scale, list):
+            return None
+        low, high = self.recipe.guidance_scale
+        return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
+
+    def pf_ode_velocity(self, x0, z, x_t, t, labels, guidance) -> Tensor:
+        """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
+        if self.teacher is None:
+            return trigflow.velocity(x0, z, t)
+        return self.recipe.sigma_data * self.teacher(x_t, t, labels, guidance)
+
+    def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> tuple[Tensor, Tensor]:
+        """``F`` and ``g`` by forward-mode differentiation along the PF-ODE."""
+        cos_sin = t.cos() * t.sin()
+        scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
+        tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
+        F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
+        if not self.recipe.tangent.rearrangement:
+            dF = trigflow.expand(cos_sin, x_t) * dF
+        return F, consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
+
+    @torch.no_grad()
+    def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> tuple[Tensor, Tensor]:
+        """``F`` and ``g`` from one DDIM step of the teacher, ``g = cos(t) (f(x_t, t) - f(x_t', t')) / sin(t - t')``
+        with the warm-up of appendix E.
+        """
+        sd = self.recipe.sigma_data
+        x_next = trigflow.ddim_step(x_t, dx_dt / sd, t, t_next, sd)
+        F = network(x_t, t, labels, guidance)
+        with replay_rng(rng) if rng else nullcontext():
+            F_next = network(x_next, t_next, labels, guidance)
+        t, t_next = trigflow.expand(t, x_t), trigflow.expand(t_next, x_t)
+        step = t - t_next
+        slope = (step.cos() * F - F_next) / step.sin()
+        g = -t_next.cos() * (sd * F - dx_dt) - r * t_next.sin() * (x_t + sd * slope)
+        return F, t.cos() * g
+
+
+def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:
+    """EDM's grid of ``n`` noise levels as TrigFlow times with 0 in front, fp64, increasing (appendix E)."""
+    if n < 2:
+        raise ValueError(f"discrete_steps must be at least 2, got {n}")
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    times = trigflow.time_from_sigma((low + ramp * (high - low)) ** rho, sigma_data)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), times])
+
+
+def build_objective(recipe: Recipe, teacher: Teacher | None):
+    """The objective a recipe names."""
+    if recipe.objective == "diffusion":
+        return Diffusion(recipe)
+    return Consistency(recipe, teacher if recipe.objective == "distillation" else None)

@@ -1,0 +1,317 @@
+"""A recipe: one experiment as checked, typed values. YAML in, dataclasses out; anything unknown is a clear error."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+OBJECTIVES = ("diffusion", "distillation", "training")
+
+
+@dataclass
+class NetworkConfig:
+    """A network to be trained from scratch (objective ``diffusion`` only)."""
+
+    name: str  # a registered network: SongUNet or SiT
+    config: dict  # its constructor arguments
+    parameterization: str | dict = "EDM"  # a preset of teachers, or the fields of teachers.Parameterization
+    label_format: str = "index"
+
+
+@dataclass
+class DataConfig:
+    """Where training images come from."""
+
+    source: str = "mnist"  # "mnist" (bundled), "teacher", a parquet file, an image folder, or a hub id
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = "label"  # null: no labels
+    num_teacher_samples: int = 10_000  # for source "teacher": drawn once, cached on disk
+    teacher_steps: int = 18  # Heun steps (18 = 35 evaluations) of those samples
+    num_workers: int = 0
+
+
+@dataclass
+class TangentConfig:
+    """How the tangent ``g`` becomes a target (sCM, section 4.2). Each part can be switched off alone."""
+
+    normalization: str = "rms"  # "rms" or "l2": g / (norm(g) + c), they differ by sqrt(D); "clip": to [-c, c]; "none"
+    constant: float = 0.1  # c
+    warmup_steps: int = 1000  # r goes 0 -> 1 over this many steps; 0: no warm-up
+    rearrangement: bool = True  # false: differentiate first, multiply by cos t sin t afterwards
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "radam"  # radam, adam or adamw
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None  # null: no clipping
+    lr_scheduler: str = "constant"  # constant, linear (to zero) or inverse_sqrt
+    lr_warmup_steps: int = 0
+    lr_reference_steps: int = 35_000  # inverse_sqrt: lr / sqrt(max(step / lr_reference_steps, 1))
+
+
+@dataclass
+class EMAConfig:
+    """One exponential moving average: exactly one of the two widths."""
+
+    half_life_images: float | None = None  # images after which a weight's share has halved (EDM)
+    sigma_rel: float | None = None  # relative width of a power-function profile (EDM2, arXiv 2312.02696)
+
+
+@dataclass
+class EvaluationConfig:
+    features: str = "MNIST-CNN"
+    num_samples: int = 2_000
+    num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    teacher_steps: int = 18  # Heun steps; 0 leaves the teacher out
+    batch_size: int = 250
+    also: list[str] = field(default_factory=list)  # bundled students to show in the final grid and table
+
+
+@dataclass
+class Recipe:
+    """One training run. ``docs/recipes.md`` explains every key."""
+
+    objective: str  # diffusion, distillation (sCD) or training (sCT)
+    output_dir: str
+    sigma_data: float
+    max_train_steps: int
+    train_batch_size: int  # per process and accumulation step
+    sample_shape: list[int]  # [C, H, W]
+    num_classes: int | None = None
+    teacher: str | None = None  # bundled name, file or folder; distillation and training start from it
+    network: NetworkConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    # Time proposal: log(sigma_data tan t) ~ N(p_mean, p_std^2).
+    p_mean: float = -1.0
+    p_std: float = 1.4
+    # Guidance of the teacher: a scale to bake in, or [low, high] to make the scale an input of the student.
+    guidance_scale: float | list[float] = 1.0
+    guidance_interval: list[float] | None = None  # TrigFlow times [low, high]
+    tangent: TangentConfig = field(default_factory=TangentConfig)
+    adaptive_weighting: bool = True  # learn w(t) (equation 8)
+    discrete_steps: int | None = None  # N: discrete-time consistency (appendix E) instead of the JVP
+    label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
+    dropout: float = 0.0
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = "no"  # no or bf16
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: list[EMAConfig] = field(default_factory=lambda: [EMAConfig(half_life_images=500_000)])
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = None  # latest, or a checkpoint folder
+    logging_steps: int = 10
+    validation_steps: int = 250  # sample grid and endpoint error
+    max_nonfinite_steps: int = 20  # skipped steps in a row before the run stops
+    report_to: str | None = None  # tensorboard or wandb; the JSONL log is always written
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    notes: str | None = None  # printed by --check, for example that a recipe was never run here
+
+
+CHOICES = {
+    "objective": OBJECTIVES,
+    "mixed_precision": ("no", "bf16"),
+    "report_to": (None, "tensorboard", "wandb"),
+    "tangent.normalization": ("rms", "l2", "clip", "none"),
+    "optimizer.name": ("radam", "adam", "adamw"),
+    "optimizer.lr_scheduler": ("constant", "linear", "inverse_sqrt"),
+}
+POSITIVE = (
+    "sigma_data", "max_train_steps", "train_batch_size", "p_std", "gradient_accumulation_steps", "checkpointing_steps",
+    "checkpoints_total_limit", "logging_steps", "validation_steps", "optimizer.learning_rate", "tangent.constant",
+    "evaluation.num_samples", "evaluation.batch_size",
+)  # fmt: skip
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a recipe that ships with the package (``recipes/mnist.yaml``).
+
+    Raises:
+        FileNotFoundError: naming the recipes that ship with the package.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parent / "recipes"):
+        relative = Path(*path.parts[1:]) if path.parts[:1] == ("recipes",) else path
+        if (folder / relative).is_file():
+            return folder / relative
+        if folder.is_dir():
+            shipped = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
+            raise FileNotFoundError(f"no recipe {str(name)!r}; recipes that ship: {', '.join(shipped)}")
+    raise FileNotFoundError(f"no recipe {str(name)!r}")
+
+
+def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        source: a YAML file, or the name of one that ships with the package. ``base: other.yaml`` inherits from a
+            recipe beside it.
+        overrides: values by dotted key, such as ``{"optimizer.learning_rate": 1e-4}``.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown key, a wrong type, or a value that is not allowed; one sentence each.
+    """
+    path = recipe_path(source)
+    values = read_yaml(path)
+    for key, value in (overrides or {}).items():
+        set_dotted(values, key, value)
+    return parse_recipe(values, str(path))
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of recipe keys, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not (path.parent / str(base)).is_file():
+        raise FileNotFoundError(f"{path}: base recipe {base!r} does not exist beside it")
+    return merge(read_yaml(path.parent / base), values)
+
+
+def merge(base: dict, values: dict) -> dict:
+    """``values`` over ``base``; mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = merge(base[key], value) if both else value
+    return merged
+
+
+def set_dotted(values: dict, key: str, value) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values[parent] = dict(values[parent]) if isinstance(values.get(parent), dict) else {}
+        values = values[parent]
+    values[last] = value
+
+
+def parse_overrides(arguments: list[str]) -> dict:
+    """``["optimizer.learning_rate=1e-4", ...]`` as a mapping with YAML values."""
+    overrides = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals:
+            raise ValueError(f"override {argument!r} must look like key=value")
+        value = yaml.safe_load(text) if text else None
+        overrides[key] = number(value) if isinstance(value, str) else value
+    return overrides
+
+
+def number(text: str):
+    """YAML 1.1 reads ``1e-4`` as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_recipe(values: dict, where: str) -> Recipe:
+    """Check a mapping of plain values and build the :class:`Recipe`; errors name ``where`` and the key."""
+    values = dict(values)
+    if isinstance(values.get("data"), str):
+        values["data"] = {"source": values["data"]}
+    recipe = parse_dataclass(Recipe, values, where, "")
+    for key, allowed in CHOICES.items():
+        value = get_dotted(recipe, key)
+        if value not in allowed:
+            names = ", ".join("null" if a is None else str(a) for a in allowed)
+            raise ValueError(f"{where}: {key} is {value!r}; allowed: {names}")
+    for key in POSITIVE:
+        if not get_dotted(recipe, key) > 0:
+            raise ValueError(f"{where}: {key} must be positive, got {get_dotted(recipe, key)}")
+    check_consistency(recipe, where)
+    return recipe
+
+
+def check_consistency(recipe: Recipe, where: str) -> None:
+    """Rules between keys."""
+    if recipe.objective == "diffusion" and recipe.network is None:
+        raise ValueError(f"{where}: objective diffusion trains a network from scratch and needs the key network")
+    if recipe.objective != "diffusion" and recipe.teacher is None:
+        raise ValueError(f"{where}: objective {recipe.objective} needs the key teacher")
+    if recipe.objective == "training" and recipe.guidance_scale != 1.0:
+        raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
+    if isinstance(recipe.guidance_scale, list) and not (
+        len(recipe.guidance_scale) == 2 and recipe.guidance_scale[0] < recipe.guidance_scale[1]
+    ):
+        raise ValueError(f"{where}: guidance_scale must be a number or [low, high], got {recipe.guidance_scale}")
+    if recipe.data.source == "teacher" and recipe.objective == "diffusion":
+        raise ValueError(f"{where}: data: teacher needs a teacher, objective diffusion has none")
+    for i, ema in enumerate(recipe.ema):
+        if (ema.half_life_images is None) == (ema.sigma_rel is None):
+            raise ValueError(f"{where}: ema[{i}] needs exactly one of half_life_images and sigma_rel")
+    if not recipe.ema:
+        raise ValueError(f"{where}: ema needs at least one entry; samples are drawn with the first")
+    if any(n < 1 for n in recipe.evaluation.num_inference_steps):
+        raise ValueError(f"{where}: evaluation.num_inference_steps must be 1 or more")
+
+
+def get_dotted(recipe: Recipe, key: str):
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def parse_dataclass(cls, values, where: str, prefix: str):
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {prefix.rstrip('.')} must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(hints)}"
+            raise ValueError(f"{where}: unknown key {prefix}{key}; {hint}")
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in values:
+            raise ValueError(f"{where}: the key {prefix}{f.name} is missing")
+    return cls(**{k: parse_value(hints[k], v, where, prefix + k) for k, v in values.items()})
+
+
+def parse_value(hint, value, where: str, key: str):
+    """``value`` as the annotated type ``hint``, or a ``ValueError`` that says what was expected."""
+    if isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return parse_value(option, value, where, key)
+            except ValueError:
+                continue
+    elif dataclasses.is_dataclass(hint):
+        return parse_dataclass(hint, value, where, key + ".")
+    elif typing.get_origin(hint) is list and isinstance(value, list):
+        (item,) = typing.get_args(hint)
+        return [parse_value(item, v, where, f"{key}[{i}]") for i, v in enumerate(value)]
+    elif hint is float and not isinstance(value, bool):
+        value = number(value) if isinstance(value, str) else value
+        if isinstance(value, int | float):
+            return float(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif hint in (int, str, bool, dict) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", None) if isinstance(hint, type) else None
+    raise ValueError(f"{where}: {key} must be {name or str(hint).replace('NoneType', 'null')}, got {value!r}")
+
+
+def to_dict(recipe: Recipe) -> dict:
+    """Plain values, as written to ``recipe.yaml`` in the run folder."""
+    return dataclasses.asdict(recipe)

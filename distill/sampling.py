@@ -1,0 +1,310 @@
+"""Drawing samples: deterministic teacher solvers and multistep consistency sampling, with one seed per sample."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from distill import trigflow
+from teachers import Teacher
+
+# Times after t_max for each number of steps, in radians. The paper uses 1.1 for two steps; the others follow
+# few-step practice (SANA-Sprint, rCM): dense where the image is decided.
+INTERMEDIATE_TIMES = {
+    1: [],
+    2: [1.1],
+    3: [1.3, 0.8],
+    4: [1.3, 1.1, 0.6],
+    5: [1.4, 1.2, 0.9, 0.5],
+    6: [1.45, 1.3, 1.1, 0.8, 0.4],
+    7: [1.45, 1.35, 1.2, 1.0, 0.7, 0.4],
+    8: [1.5, 1.4, 1.3, 1.1, 0.9, 0.6, 0.3],
+}
+
+
+def sample_seeds(num: int, generator: torch.Generator) -> list[int]:
+    """One seed per sample. Seed ``i`` does not depend on ``num``, so neither does sample ``i``."""
+    return torch.randint(0, 2**63 - 1, (num,), generator=generator).tolist()
+
+
+class SampleNoise:
+    """A noise stream for every sample: the ``k``-th call gives each sample the ``k``-th draw of its own generator."""
+
+    def __init__(self, generators: list[torch.Generator], sample_shape: tuple[int, ...], sigma_data: float, device):
+        self.generators, self.sample_shape = generators, sample_shape
+        self.sigma_data, self.device = sigma_data, device
+
+    def __call__(self) -> Tensor:
+        """``(N, C, H, W)`` from ``N(0, sigma_data^2)``, fp32, drawn on the CPU whatever the device."""
+        draws = [torch.randn(self.sample_shape, generator=g, device=g.device).cpu() for g in self.generators]
+        return self.sigma_data * torch.stack(draws).to(self.device)
+
+
+def seeded_noise(model: Teacher, seeds: list[int]) -> SampleNoise:
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return SampleNoise(generators, model.sample_shape, model.sigma_data, device_of(model))
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def student_times(num_inference_steps: int, sigma_data: float, intermediate: list[float] | None = None) -> list[float]:
+    """Sampling times of a consistency model, in radians, decreasing from ``t_max = arctan(80 / sigma_data)``.
+
+    Args:
+        num_inference_steps: 1 to 8.
+        intermediate: the times after ``t_max``; by default :data:`INTERMEDIATE_TIMES`.
+
+    Raises:
+        ValueError: a number of steps outside 1 to 8, or times that do not decrease between ``t_max`` and 0.
+    """
+    if num_inference_steps not in INTERMEDIATE_TIMES:
+        raise ValueError(f"num_inference_steps must be 1 to {max(INTERMEDIATE_TIMES)}, got {num_inference_steps}")
+    middle = INTERMEDIATE_TIMES[num_inference_steps] if intermediate is None else list(intermediate)
+    times = [trigflow.max_time(sigma_data), *middle]
+    if len(times) != num_inference_steps:
+        raise ValueError(f"{num_inference_steps} steps need {num_inference_steps - 1} intermediate times, got {middle}")
+    check_times(times)
+    return times
+
+
+def check_times(times: list[float]) -> None:
+    decreasing = all(a > b for a, b in zip(times, times[1:], strict=False))
+    if not (times and decreasing and 0 < times[-1] and times[0] <= math.pi / 2):
+        raise ValueError(f"sampling times must decrease within (0, pi/2], got {times}")
+
+
+@torch.no_grad()
+def consistency_sample(
+    network: Callable[[Tensor, Tensor], Tensor], noise: Callable[[], Tensor], times: list[float], sigma_data: float
+) -> Tensor:
+    """Multistep consistency sampling (arXiv 2303.01469, Algorithm 1, in TrigFlow form).
+
+    ``x0 = f(x_t, t)`` from pure noise at ``times[0]``; then for each later time new noise is added and ``f`` applied
+    again. ``network(x_t, t)`` returns ``F``; ``noise()`` gives ``(N, C, H, W)`` scaled by ``sigma_data``.
+    """
+    x_t = noise()
+    for i, time in enumerate(times):
+        t = torch.full((len(x_t),), time, device=x_t.device)
+        if i > 0:
+            x_t = trigflow.perturb(x0, noise(), t)  # noqa: F821 (set by the step before)
+        x0 = trigflow.consistency_function(x_t, network(x_t, t), t, sigma_data)
+    return x0
+
+
+def sample_student(
+    student: Teacher,
+    seeds: list[int],
+    labels: Tensor | None = None,
+    num_inference_steps: int = 2,
+    times: list[float] | None = None,
+    guidance: float | None = None,
+) -> Tensor:
+    """Samples ``(N, C, H, W)`` fp32, not clamped, one per seed.
+
+    Args:
+        labels: ``(N,)``; required for a class-conditional student.
+        times: sampling times in radians instead of the defaults of :func:`student_times`.
+        guidance: guidance scale, only for a student that takes it as an input.
+
+    Raises:
+        ValueError: bad times, labels or guidance, each with what is allowed.
+    """
+    labels = check_condition(student, labels, len(seeds))
+    if guidance is not None and not student.accepts_guidance:
+        raise ValueError("this student was distilled at a fixed guidance scale; it takes no guidance_scale")
+    times = student_times(num_inference_steps, student.sigma_data) if times is None else times
+    check_times(times)
+    scale = None if guidance is None else torch.full((len(seeds),), float(guidance), device=device_of(student))
+    with evaluation_mode(student):
+        return consistency_sample(
+            lambda x, t: student(x, t, labels, scale), seeded_noise(student, seeds), times, student.sigma_data
+        )
+
+
+class evaluation_mode:
+    """Context that puts a module in eval mode and restores what it was."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.training = module, module.training
+
+    def __enter__(self):
+        self.module.eval()
+
+    def __exit__(self, *exception):
+        self.module.train(self.training)
+
+
+def check_condition(model: Teacher, labels: Tensor | None, num: int) -> Tensor | None:
+    """Labels on the model's device, checked: one per sample, each a class."""
+    if labels is None:
+        if model.num_classes is not None:
+            raise ValueError(f"this model is class-conditional and needs labels 0 to {model.num_classes - 1}")
+        return None
+    labels = torch.as_tensor(labels, dtype=torch.long, device=device_of(model))
+    if labels.shape != (num,):
+        raise ValueError(f"{num} samples need {num} labels, got {labels.numel()}")
+    model.check_labels(labels)
+    return labels
+
+
+def sigma_grid(num_inference_steps: int, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:
+    """EDM's noise levels, fp64 ``(n + 1,)``, decreasing, with 0 at the end (arXiv 2206.00364, equation 5)."""
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    ramp = torch.linspace(0, 1, num_inference_steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def denoiser(model: Teacher, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """EDM's ``D(x_sigma, sigma)`` of a model, for ``x_sigma = x_t / cos(t)`` and a scalar ``sigma``."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        t = trigflow.time_from_sigma(sigma, model.sigma_data).expand(len(x)).to(x.device)
+        x_t = x * t[0].cos().to(x.dtype)
+        F = model(x_t, t, labels)
+        return trigflow.consistency_function(x_t, F, t, model.sigma_data).to(x.dtype)
+
+    return denoise
+
+
+def heun(denoise: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
+    """EDM's deterministic second-order solver from ``sigmas[0]`` to ``sigmas[-1]`` (arXiv 2206.00364, Algorithm 1)."""
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + (sigma_next - sigma) * slope
+        if sigma_next == 0:
+            return euler
+        slope_next = (euler - denoise(euler, sigma_next)) / sigma_next
+        x = x + (sigma_next - sigma) * (slope + slope_next) / 2
+    return x
+
+
+def dpmpp_2m(denoise: Callable, x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2) in EDM's noise levels: one evaluation a step."""
+    previous, previous_step = None, None
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x0 = denoise(x, sigma)
+        if sigma_next == 0:
+            return x0
+        step = (sigma / sigma_next).log()  # h, the step in half log-SNR
+        estimate = x0
+        if previous is not None:
+            ratio = previous_step / step
+            estimate = (1 + 1 / (2 * ratio)) * x0 - previous / (2 * ratio)
+        x = (sigma_next / sigma) * x - torch.expm1(-step) * estimate
+        previous, previous_step = x0, step
+    return x
+
+
+SOLVERS = {"heun": heun, "dpmpp_2m": dpmpp_2m}
+
+
+def count_evaluations(num_inference_steps: int, solver: str = "heun") -> int:
+    """Network evaluations (NFE) of a teacher solver, without the second one of classifier-free guidance."""
+    return 2 * num_inference_steps - 1 if solver == "heun" else num_inference_steps
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Teacher,
+    seeds: list[int],
+    labels: Tensor | None = None,
+    num_inference_steps: int = 18,
+    solver: str = "heun",
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """Deterministic samples ``(N, C, H, W)`` fp32, not clamped, from the noise that a student with these seeds gets.
+
+    ``heun`` with 18 steps is 35 evaluations. Raises ``ValueError`` on an unknown solver, bad steps or labels.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
+    labels = check_condition(teacher, labels, len(seeds))
+    sigmas = sigma_grid(num_inference_steps, sigma_min, sigma_max, rho)
+    z = seeded_noise(teacher, seeds)()
+    x = z / math.cos(trigflow.max_time(teacher.sigma_data, sigma_max))
+    with evaluation_mode(teacher):
+        return SOLVERS[solver](denoiser(teacher, labels), x, sigmas)
+
+
+@torch.no_grad()
+def solve_ode(teacher: Teacher, x_t: Tensor, t: float, labels: Tensor | None, num_inference_steps: int = 40) -> Tensor:
+    """The end at time 0 of the PF-ODE through ``x_t`` ``(B, C, H, W)`` at time ``t``, by Heun's method."""
+    sigma = float(trigflow.sigma_from_time(torch.tensor(t, dtype=torch.float64), teacher.sigma_data))
+    sigmas = sigma_grid(num_inference_steps, sigma_max=sigma)
+    with evaluation_mode(teacher):
+        return heun(denoiser(teacher, labels), x_t / math.cos(t), sigmas)
+
+
+def cycle_labels(model: Teacher, num: int) -> Tensor | None:
+    """Labels 0, 1, ..., C - 1, 0, ... for a class-conditional model."""
+    return None if model.num_classes is None else torch.arange(num) % model.num_classes
+
+
+def generate(
+    model: Teacher,
+    num: int,
+    *,
+    num_inference_steps: int,
+    role: str,
+    labels: Tensor | list[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    times: list[float] | None = None,
+    guidance: float | None = None,
+    solver: str = "heun",
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of images ``(B, C, H, W)`` clamped to [-1, 1] and their labels, ``num`` in all.
+
+    Args:
+        role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
+        labels: one per image; by default they cycle through the classes.
+    """
+    if num < 1:
+        raise ValueError(f"the number of samples must be at least 1, got {num}")
+    seeds = sample_seeds(num, torch.Generator().manual_seed(seed))
+    labels = check_condition(model, cycle_labels(model, num) if labels is None else labels, num)
+    for start in range(0, num, batch_size):
+        part = slice(start, start + batch_size)
+        y = None if labels is None else labels[part]
+        if role == "teacher":
+            images = sample_teacher(model, seeds[part], y, num_inference_steps, solver)
+        else:
+            images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
+        yield images.clamp(-1, 1), y
+
+
+def search_times(score: Callable[[list[float]], float], times: list[float], rounds: int = 2) -> tuple[list[float], float]:
+    """Intermediate times that minimise ``score(times)``, by coordinate descent on a grid that is then refined.
+
+    Args:
+        score: lower is better, for example a Fréchet distance at fixed seeds.
+        times: where to start; ``times[0]`` stays.
+        rounds: each round tries 7 values per coordinate between its neighbours, the next one within a third of that.
+
+    Returns:
+        The best times found and their score.
+    """
+    check_times(times)
+    times, best = list(times), score(times)
+    width = 1.0
+    for _ in range(rounds):
+        for i in range(1, len(times)):
+            low = times[i + 1] if i + 1 < len(times) else 0.0
+            span = (times[i - 1] - low) * width / 2
+            center = times[i]
+            for k in (-3, -2, -1, 1, 2, 3):
+                trial = [*times[:i], center + span * k / 3.5, *times[i + 1 :]]
+                if not low < trial[i] < times[i - 1]:
+                    continue
+                value = score(trial)
+                if value < best:
+                    times, best = trial, value
+        width /= 3
+    return times, best

@@ -1,0 +1,420 @@
+"""The training loop: one recipe from start, or from a checkpoint, to a trained network."""
+
+import hashlib
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from distill import checkpoint as ckpt
+from distill.data import StepSampler, training_data, training_loader
+from distill.ema import EMA
+from distill.endpoint import TIMES, EndpointError, rising_at_small_t
+from distill.objectives.scm import Loss, build_objective
+from distill.recipe import OptimizerConfig, Recipe, to_dict
+from distill.sampling import generate
+from distill.visual import plot_curves, save_grid
+from teachers import PRESETS, Parameterization, Teacher, load, load_config, save_pretrained
+from teachers.networks import build
+from teachers.pretrained import write_atomically
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""
+
+
+def build_teacher(recipe: Recipe) -> Teacher | None:
+    """The recipe's pretrained teacher with its guidance, frozen; ``None`` for objective ``diffusion``.
+
+    Raises:
+        ValueError: a teacher that does not fit the recipe.
+    """
+    if recipe.objective == "diffusion":
+        return None
+    teacher = load(recipe.teacher).requires_grad_(False)
+    for key in ("sample_shape", "num_classes", "sigma_data"):
+        own, asked = getattr(teacher, key), getattr(recipe, key)
+        own = list(own) if isinstance(own, tuple) else own
+        if own != asked:
+            raise ValueError(f"teacher {recipe.teacher!r} has {key} {own}, the recipe says {asked}")
+    if not isinstance(recipe.guidance_scale, list):
+        teacher.guidance_scale = recipe.guidance_scale
+    if recipe.guidance_scale != 1.0 and teacher.num_classes is None:
+        raise ValueError(f"teacher {recipe.teacher!r} is unconditional and cannot be guided; remove guidance_scale")
+    if recipe.guidance_interval:
+        teacher.guidance_interval = tuple(recipe.guidance_interval)
+    return teacher
+
+
+def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
+    """The network to train: a copy of the teacher, or a new one for objective ``diffusion``."""
+    if teacher is not None:
+        student = teacher.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+        reference = load(recipe.teacher)  # requires_grad as built: position tables stay fixed
+        frozen = {name for name, p in reference.native.named_parameters() if not p.requires_grad}
+        for name, p in student.native.named_parameters():
+            p.requires_grad_(name not in frozen)
+    else:
+        n = recipe.network
+        named = isinstance(n.parameterization, str)
+        if named and n.parameterization not in PRESETS:
+            raise ValueError(f"network.parameterization is {n.parameterization!r}; allowed: {', '.join(PRESETS)}")
+        convention = PRESETS[n.parameterization] if named else Parameterization(**n.parameterization)
+        student = Teacher(
+            build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
+            n.label_format,
+        )  # fmt: skip
+    set_dropout(student.native, recipe.dropout)
+    return student
+
+
+def set_dropout(network: nn.Module, p: float) -> None:
+    """Set the probability of every module that has a float ``dropout``."""
+    for module in network.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = p
+
+
+def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    kinds = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kwargs = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
+    return kinds[config.name](parameters, weight_decay=config.weight_decay, **kwargs)
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The learning rate of the step after ``step`` steps."""
+    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - step / max_steps,
+        "inverse_sqrt": 1 / math.sqrt(max(step / config.lr_reference_steps, 1)),
+    }
+    return config.learning_rate * warmup * decay[config.lr_scheduler]
+
+
+def step_seed(seed: int, step: int, rank: int, part: int) -> int:
+    """The seed of one process' noise in one step. Nothing is carried over between steps, so resuming is exact."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {part}".encode()).digest()[:7])
+
+
+class Trainer:
+    """Runs a recipe.
+
+    Args:
+        recipe: the experiment.
+        teacher: used in place of the recipe's teacher, for a model that is not on disk.
+
+    After :meth:`train`, ``student`` holds the averaged weights of the recipe's first EMA.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Teacher | None = None):
+        self.recipe = recipe
+        self.output_dir = Path(recipe.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
+        )
+        self.device = self.accelerator.device
+        self.teacher = build_teacher(recipe) if teacher is None else teacher
+        network = build_student(recipe, self.teacher)
+        if self.teacher is not None:
+            self.teacher.to(self.device).eval()
+        self.objective = build_objective(recipe, self.teacher)
+        self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        weighting = self.objective.weighting
+        parameters += [] if weighting is None else list(weighting.parameters())
+        optimizer = build_optimizer(recipe.optimizer, parameters)
+        if weighting is None:
+            self.prepared, self.optimizer = self.accelerator.prepare(network, optimizer)
+        else:
+            self.prepared, self.objective.weighting, self.optimizer = self.accelerator.prepare(
+                network, weighting, optimizer
+            )
+        # The derivative needs the bare network; it keeps the autocast that prepare added.
+        self.network = self.accelerator.unwrap_model(self.prepared)
+        self.network.train(recipe.dropout > 0)
+        self.step = 0
+        self.nonfinite = {"in_a_row": 0, "total": 0}
+        self.endpoint: EndpointError | None = None
+        self.endpoint_history: list[dict[float, float]] = []
+        self.stop_requested = False
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_images(self) -> int:
+        """Images per optimizer step over all processes."""
+        r = self.recipe
+        return r.train_batch_size * r.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def student(self) -> Teacher:
+        """The averaged network of the first EMA."""
+        return self.emas[0].network
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module whose weights a checkpoint holds, by file name."""
+        modules = {"network": self.network.native}
+        modules |= {f"ema-{i}": ema.network.native for i, ema in enumerate(self.emas)}
+        if self.objective.weighting is not None:
+            modules["weighting"] = self.accelerator.unwrap_model(self.objective.weighting)
+        return modules
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the current step (main process)."""
+        if not self.accelerator.is_main_process:
+            return None
+        errors = [list(e.values()) for e in self.endpoint_history]
+        state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors}
+        return ckpt.save_checkpoint(
+            self.output_dir, self.step, self.modules(), self.optimizer, state, self.recipe.checkpoints_total_limit
+        )
+
+    def resume(self) -> None:
+        """Continue from the recipe's checkpoint, if it names one and one exists."""
+        if self.recipe.resume_from_checkpoint is None:
+            return
+        path = ckpt.find_checkpoint(self.output_dir, self.recipe.resume_from_checkpoint)
+        if path is None:
+            return
+        state = ckpt.load_checkpoint(path, self.modules(), self.optimizer)
+        self.step, self.nonfinite = state["step"], state["nonfinite"]
+        self.endpoint_history = [dict(zip(TIMES, errors, strict=True)) for errors in state["endpoint_history"]]
+        self.print(f"resumed from {path} at step {self.step}")
+
+    def print(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> Teacher:
+        """Train to ``max_train_steps``; returns the averaged network.
+
+        Raises:
+            TrainingError: too many non-finite steps in a row.
+            ValueError, FileNotFoundError, OSError: bad data, checkpoints, or a disk that cannot be written.
+        """
+        recipe = self.recipe
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        data = training_data(recipe, self.teacher, self.output_dir / "cache")
+        self.resume()
+        text = yaml.safe_dump(to_dict(recipe), sort_keys=False)
+        log = MetricsLog(self.output_dir / "metrics.jsonl", self.step)
+        if self.accelerator.is_main_process:
+            write_atomically(self.output_dir / "recipe.yaml", lambda path: path.write_text(text))
+        if recipe.report_to:
+            self.accelerator.init_trackers("scm-distill", config={"recipe": text})
+        batches = iter(training_loader(data, self.sampler(len(data)), recipe.data.num_workers))
+        self.prepare_validation(data)
+        if self.step == 0:
+            self.validate(log)
+        self.loop(batches, log)
+        self.accelerator.end_training()
+        return self.student
+
+    def sampler(self, size: int) -> StepSampler:
+        r, a = self.recipe, self.accelerator
+        parts = r.gradient_accumulation_steps
+        return StepSampler(
+            size, r.train_batch_size, r.seed, self.step * parts, r.max_train_steps * parts, a.process_index,
+            a.num_processes,
+        )  # fmt: skip
+
+    def loop(self, batches, log: "MetricsLog") -> None:
+        recipe = self.recipe
+        previous = signal.signal(signal.SIGTERM, self.request_stop)
+        bar = tqdm(
+            total=recipe.max_train_steps, initial=self.step, desc=recipe.objective, unit="step",
+            disable=not self.accelerator.is_main_process, mininterval=1.0,
+        )  # fmt: skip
+        window = Window()
+        try:
+            while self.step < recipe.max_train_steps:
+                self.train_step(batches, window)
+                bar.update()
+                if self.step % recipe.logging_steps == 0:
+                    self.log(log, bar, window)
+                    window = Window()
+                if self.step % recipe.validation_steps == 0 or self.step == recipe.max_train_steps:
+                    self.validate(log)
+                if self.step % recipe.checkpointing_steps == 0 or self.step == recipe.max_train_steps:
+                    self.save()
+                if self.stop_requested:
+                    self.stop()
+        finally:
+            bar.close()
+            signal.signal(signal.SIGTERM, previous)
+
+    def train_step(self, batches, window: "Window") -> None:
+        """One optimizer step over the accumulated batches; a non-finite one is skipped and counted."""
+        recipe, parts = self.recipe, self.recipe.gradient_accumulation_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe.optimizer, self.step, recipe.max_train_steps)
+        losses = []
+        for part in range(parts):
+            x0, labels = next(batches)
+            x0 = x0.to(self.device)
+            labels = labels.to(self.device) if recipe.num_classes is not None else None
+            seed = step_seed(recipe.seed, self.step, self.accelerator.process_index, part)
+            torch.manual_seed(seed)  # dropout
+            generator = torch.Generator().manual_seed(seed)
+            with self.synchronization(last=part == parts - 1):
+                result: Loss = self.objective(self.prepared, self.network, x0, labels, self.step, generator)
+                self.accelerator.backward(result.loss / parts)
+            losses.append(result)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = math.inf if recipe.optimizer.max_grad_norm is None else recipe.optimizer.max_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        loss = torch.stack([r.loss.detach() for r in losses]).mean()
+        finite = bool(torch.isfinite(loss + grad_norm))
+        self.count_nonfinite(finite)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if finite:
+            for ema in self.emas:
+                ema.update(self.network, self.step * self.batch_images, self.batch_images)
+            logs = {k: torch.stack([r.logs[k] for r in losses]).mean() for k in losses[0].logs}
+            window.add({"loss": loss, "grad_norm": grad_norm, **logs})
+
+    def synchronization(self, last: bool):
+        """Gradients are reduced over processes only in the last part of an accumulated step."""
+        if last:
+            return torch.enable_grad()
+        return self.accelerator.no_sync(self.prepared)
+
+    def count_nonfinite(self, finite: bool) -> None:
+        self.nonfinite["in_a_row"] = 0 if finite else self.nonfinite["in_a_row"] + 1
+        self.nonfinite["total"] += not finite
+        if not finite:
+            self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
+        if self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
+            last = next(reversed(ckpt.checkpoints(self.output_dir)), None)
+            raise TrainingError(
+                f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}; training "
+                f"stopped. Last checkpoint: {last}. Try a lower learning rate or a longer tangent warm-up."
+            )
+
+    def request_stop(self, *_) -> None:
+        self.stop_requested = True
+
+    def stop(self) -> None:
+        path = self.save()
+        self.print(f"stopped by SIGTERM at step {self.step}; continue with resume_from_checkpoint=latest ({path})")
+        raise SystemExit(0)
+
+    # ---- logs and validation -------------------------------------------------------------------------------------
+
+    def log(self, log: "MetricsLog", bar: tqdm, window: "Window") -> None:
+        values = window.means()
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["images_per_second"] = window.steps * self.batch_images / window.seconds()
+        values["nonfinite_steps"] = self.nonfinite["total"]
+        if self.accelerator.is_main_process:
+            log.write(self.step, values)
+        self.accelerator.log(values, step=self.step)
+        shown = {k: f"{values[k]:.4g}" for k in ("loss", "tangent_norm") if k in values}
+        bar.set_postfix({**shown, "images/s": f"{values['images_per_second']:.0f}"})
+
+    def prepare_validation(self, data: Dataset) -> None:
+        """Fix what validation looks at: a few training images for the endpoint error."""
+        if self.teacher is None:
+            return
+        indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.recipe.seed))[:16].tolist()
+        x0 = torch.stack([data[i][0] for i in indices]).to(self.device)
+        labels = None
+        if self.recipe.num_classes is not None:
+            labels = torch.tensor([int(data[i][1]) for i in indices], device=self.device)
+        self.print("solving the teacher's ODE for the endpoint error")
+        self.endpoint = EndpointError(self.teacher, x0, labels, self.recipe.seed)
+
+    @property
+    def validation_guidance(self) -> float | None:
+        """For a student with a guidance input: the scale its teacher has in the endpoint error, 1."""
+        return 1.0 if isinstance(self.recipe.guidance_scale, list) else None
+
+    def validate(self, log: "MetricsLog") -> None:
+        """Endpoint error, sample grid and curves from the averaged weights (main process)."""
+        if not self.accelerator.is_main_process:
+            return
+        values = {}
+        if self.endpoint is not None:
+            errors = self.endpoint(self.student, self.validation_guidance)
+            self.endpoint_history.append(errors)
+            values |= {f"endpoint_error/{t}": e for t, e in errors.items()}
+            self.print(f"step {self.step}: endpoint error " + "  ".join(f"t={t}: {e:.4f}" for t, e in errors.items()))
+            if rising_at_small_t(self.endpoint_history):
+                self.print("warning: endpoint error at the smallest t has doubled since its best: training may diverge")
+        save_grid(self.sample_rows(), self.output_dir / "samples" / f"{self.step:07d}.png")
+        log.write(self.step, values)
+        self.accelerator.log(values, step=self.step)
+        plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
+
+    def sample_rows(self) -> list[Tensor]:
+        """Ten images a row from fixed seeds: a student at 1, 2 and 4 steps, a diffusion network by Heun's method."""
+        if self.teacher is None:
+            rows = [generate(self.student, 40, num_inference_steps=18, role="teacher", seed=self.recipe.seed)]
+            return list(next(rows[0])[0].split(10))
+        return [
+            next(generate(self.student, 10, num_inference_steps=n, role="student", seed=self.recipe.seed,
+                          guidance=self.validation_guidance))[0]
+            for n in (1, 2, 4)
+        ]  # fmt: skip
+
+
+class Window:
+    """Sums of logged values since the last log line, kept on the device until read."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.start = 0, time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.steps += 1
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0) + value.detach()
+
+    def means(self) -> dict[str, float]:
+        return {key: (total / self.steps).item() for key, total in self.sums.items()}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+class MetricsLog:
+    """A JSONL file, one object a line; lines past the step a run resumes from are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+
+def save_student(trainer: Trainer, folder: Path) -> None:
+    """Write a finished run's network as a model folder with everything a card says about it."""
+    recipe = trainer.recipe
+    facts = {
+        "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
+        "seed": recipe.seed, "data": recipe.data.source,
+    }  # fmt: skip
+    extra = {"training": facts}
+    if recipe.teacher:
+        key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
+        teacher_name = load_config(recipe.teacher).get("name", recipe.teacher)
+        extra |= {"teacher": teacher_name, key: recipe.guidance_scale}
+    save_pretrained(trainer.student, folder, "teacher" if recipe.objective == "diffusion" else "student", **extra)

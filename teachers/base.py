@@ -1,0 +1,182 @@
+"""The one interface every teacher and student is seen through: the TrigFlow network ``F(x_t, t, condition)``."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from teachers.networks import build
+from teachers.parameterization import Parameterization
+
+
+class Teacher(nn.Module):
+    """A native network behind its parameterization: ``forward(x_t, t, labels=None) -> F``.
+
+    ``dx_t/dt = sigma_data * F`` is the PF-ODE of TrigFlow (arXiv 2410.11081, equation 3). A student is the same class
+    around a copy of the native network; what is saved is always the native weights.
+
+    Args:
+        native: any network called as ``native(x, time)`` or ``native(x, time, labels)``; its result has the shape of
+            ``x``.
+        parameterization: what its input, time and output mean.
+        sigma_data: standard deviation of the data, in the units of ``x``.
+        sample_shape: ``(C, H, W)``, one sample without the batch.
+        num_classes: number of classes, ``None`` if unconditional.
+        label_format: ``"index"`` passes integers with ``num_classes`` as the null class, ``"one_hot"`` passes
+            ``(B, num_classes)`` with zeros as the null class.
+        guidance_scale: classifier-free guidance ``F_null + w (F_label - F_null)``; 1 evaluates the conditional
+            network only.
+        guidance_interval: TrigFlow times ``(low, high)`` inside which guidance is applied (arXiv 2404.07724);
+            ``None`` applies it everywhere.
+        source: the name or path it was loaded from, for messages and cards.
+    """
+
+    def __init__(
+        self,
+        native: nn.Module,
+        parameterization: Parameterization,
+        sigma_data: float,
+        sample_shape: tuple[int, ...],
+        num_classes: int | None = None,
+        label_format: str = "index",
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        source: str | None = None,
+    ):
+        super().__init__()
+        if label_format not in LABEL_FORMATS:
+            raise ValueError(f"label_format is {label_format!r}; allowed: {', '.join(LABEL_FORMATS)}")
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        self.native = native
+        self.parameterization = parameterization
+        self.sigma_data = float(sigma_data)
+        self.sample_shape = tuple(sample_shape)
+        self.num_classes = num_classes
+        self.label_format = label_format
+        self.guidance_scale = guidance_scale
+        self.guidance_interval = guidance_interval
+        self.source = source
+
+    @property
+    def accepts_guidance(self) -> bool:
+        """Whether the native network has a guidance-scale input (a student distilled over a range of scales)."""
+        return bool(getattr(self.native, "guidance_embedding", False))
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """``F`` ``(B, C, H, W)`` at ``x_t`` ``(B, C, H, W)``, times ``t`` ``(B,)`` in radians (fp32 or fp64, never
+        rounded below fp32), integer ``labels`` ``(B,)`` (``num_classes`` is the null class; ``None`` is all null).
+
+        ``guidance`` ``(B,)`` holds one guidance scale per sample, in place of ``guidance_scale``: a network with a
+        guidance input is asked for that scale in one evaluation, any other one is guided with it classifier-free.
+        """
+        if self.num_classes is None or self.accepts_guidance:
+            return self.evaluate(x_t, t, labels, guidance)
+        if guidance is None and self.guidance_scale == 1.0:
+            return self.evaluate(x_t, t, labels)
+        return self.guided(x_t, t, labels, torch.full_like(t, self.guidance_scale) if guidance is None else guidance)
+
+    def evaluate(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """One evaluation of the native network, without classifier-free guidance."""
+        # fp64 on B numbers is free and keeps log tan t and its derivative exact up to the ends of the interval.
+        t = t.double()
+        c = self.parameterization.coefficients(t, self.sigma_data)
+        scale = c.input_scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
+        time = c.time if x_t.dtype == torch.float64 else c.time.float()
+        condition = {"guidance": guidance.to(time.dtype)} if guidance is not None else {}
+        args = () if self.num_classes is None else (self.native_labels(labels, len(x_t), x_t.device),)
+        u = self.native(x_t * scale, time, *args, **condition).to(x_t.dtype)
+        return self.parameterization.to_trigflow(u, x_t, t, c, self.sigma_data)
+
+    def guided(self, x_t: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor) -> Tensor:
+        """Classifier-free guidance at scales ``(B,)``: both conditions in one batch, combined on ``F`` (guidance
+        commutes with the affine map).
+        """
+        if labels is None:
+            raise ValueError("classifier-free guidance needs labels, got none")
+        null = torch.full_like(labels, self.num_classes)
+        both = self.evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
+        conditional, unconditional = both.chunk(2)
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            scale = torch.where((t >= low) & (t <= high), scale, 1.0)
+        scale = scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
+        return unconditional + scale * (conditional - unconditional)
+
+    def native_labels(self, labels: Tensor | None, batch: int, device) -> Tensor:
+        """Labels as the native network wants them."""
+        if labels is None:
+            labels = torch.full((batch,), self.num_classes, device=device)
+        return LABEL_FORMATS[self.label_format](labels, self.num_classes)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ``ValueError`` unless every label is a class, or ``num_classes`` for the null class."""
+        if self.num_classes is None:
+            raise ValueError(f"{self.source or 'this model'} is unconditional and takes no labels")
+        bad = labels[(labels < 0) | (labels > self.num_classes)]
+        if len(bad):
+            raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {self.num_classes - 1}")
+
+    def student(self, guidance_embedding: bool = False) -> "Teacher":
+        """A trainable copy with the same convention, without classifier-free guidance.
+
+        With ``guidance_embedding`` the native network is rebuilt with its zero-initialised guidance input.
+        """
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        twin.native = copy.deepcopy(self.native)
+        if guidance_embedding and not self.accepts_guidance:
+            twin.native = with_guidance_embedding(self.native)
+        twin.guidance_scale, twin.guidance_interval = 1.0, None
+        return twin
+
+    def metadata(self) -> dict:
+        """Everything but the weights and the architecture, as plain JSON values."""
+        return {
+            "parameterization": self.parameterization.to_dict(),
+            "sigma_data": self.sigma_data,
+            "sample_shape": list(self.sample_shape),
+            "num_classes": self.num_classes,
+            "label_format": self.label_format,
+        }
+
+
+def with_guidance_embedding(native: nn.Module) -> nn.Module:
+    """``native`` rebuilt with a zero-initialised guidance-scale input (sCM, section 5.2).
+
+    Raises:
+        ValueError: if its class records no ``config`` to rebuild it from.
+    """
+    if not hasattr(native, "config"):
+        raise ValueError(f"{type(native).__name__} has no guidance input; distil it at a fixed guidance_scale instead")
+    wider = build(type(native).__name__, {**native.config, "guidance_embedding": True})
+    weights = {**wider.state_dict(), **native.state_dict()}
+    wider.load_state_dict(weights)
+    parameter = next(native.parameters())
+    return wider.to(parameter.device, parameter.dtype)
+
+
+LABEL_FORMATS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "index": lambda labels, num_classes: labels,
+    # One extra column for the null class, cut off again: null becomes all zeros.
+    "one_hot": lambda labels, num_classes: nnf.one_hot(labels, num_classes + 1)[:, :num_classes].float(),
+}
+
+
+def wrap(
+    module: nn.Module,
+    parameterization: Parameterization,
+    sigma_data: float,
+    sample_shape: tuple[int, ...],
+    num_classes: int | None = None,
+    label_format: str = "index",
+) -> Teacher:
+    """Bring any ``nn.Module`` in one line; see :class:`Teacher` for the arguments.
+
+    >>> teacher = wrap(my_unet, teachers.EDM, sigma_data=0.5, sample_shape=(3, 32, 32))
+    """
+    return Teacher(module, parameterization, sigma_data, sample_shape, num_classes, label_format)

@@ -1,0 +1,30 @@
+"""Our own definitions of the networks that released checkpoints use."""
+
+import inspect
+
+from torch import nn
+
+from teachers.networks.sit import SiT
+from teachers.networks.song_unet import SongUNet
+
+NETWORKS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "SiT": SiT}
+
+
+def build(name: str, config: dict) -> nn.Module:
+    """A registered network from its constructor arguments, which it keeps as ``.config``.
+
+    Raises:
+        ValueError: an unknown network, or an argument it does not take.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}")
+    arguments = inspect.signature(NETWORKS[name]).parameters
+    for key in config:
+        if key not in arguments:
+            raise ValueError(f"{name} has no argument {key!r}; it takes: {', '.join(arguments)}")
+    try:
+        network = NETWORKS[name](**config)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be built from its config: {error}") from None
+    network.config = dict(config)
+    return network

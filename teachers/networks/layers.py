@@ -1,0 +1,92 @@
+"""Layers shared by the networks. Each one supports forward-mode AD, reverse-mode AD, autocast and fp64."""
+
+import math
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation in fp32 or better whose forward-mode derivative is written out.
+
+    ``torch.nn.functional.group_norm`` differentiates only contiguous inputs in forward mode, through a slow
+    decomposition, and under CPU autocast returns a tangent of another dtype than its primal. Here the primal is
+    always the fused kernel, in any memory format, and the tangent is its closed form.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            primal, tangent = fwAD.unpack_dual(wide)
+            if tangent is None:
+                out = F.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+            else:
+                out = self.dual_forward(primal, tangent)
+            return out.to(x.dtype)
+
+    def dual_forward(self, x: Tensor, t_x: Tensor) -> Tensor:
+        """``y = w x^ + b`` and ``t_y = w rstd (t_x - mean(t_x) - x^ mean(x^ t_x))`` with ``x^ = (x - mean) rstd``."""
+        b, c, *space = x.shape
+        groups = (b, self.num_groups, c // self.num_groups, math.prod(space))
+        y, mean, rstd = torch.native_group_norm(
+            x, self.weight, self.bias, b, c, math.prod(space), self.num_groups, self.eps
+        )
+        mean, rstd = mean.view(b, -1, 1, 1), rstd.view(b, -1, 1, 1)
+        normed, t = (x.reshape(groups) - mean) * rstd, t_x.reshape(groups)
+        t_mean = t.mean((2, 3), keepdim=True)
+        projection = (normed * t).mean((2, 3), keepdim=True)
+        weight = self.weight.view(1, self.num_groups, -1, 1) * rstd
+        t_y = (t - t_mean).addcmul_(normed, projection, value=-1).mul_(weight)
+        return fwAD.make_dual(y, t_y.reshape(x.shape))
+
+
+class TimeEmbedding(nn.Module):
+    """Base of the sinusoidal embeddings: angles are computed in fp32 or better whatever autocast says.
+
+    Rounding the time to bf16 alone makes the time derivative about 100 % wrong.
+    """
+
+    def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def angles(self, t: Tensor) -> Tensor:
+        t = t if t.dtype == torch.float64 else t.float()
+        return t[:, None] * self.frequencies(t.device, t.dtype)[None, :]
+
+
+class PositionalEmbedding(TimeEmbedding):
+    """``[cos(w t), sin(w t)]`` with geometrically spaced frequencies from 1 down to ``1 / max_period``.
+
+    Input ``(B,)``, output ``(B, dim)`` in fp32 (fp64 for fp64 input). ``endpoint`` includes ``1 / max_period`` itself
+    (Song et al. 2021 and EDM's DDPM++); without it the spacing is that of DDPM, ADM and DiT.
+    """
+
+    def __init__(self, dim: int, max_period: float = 10_000.0, endpoint: bool = False):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"an embedding's dimension must be even, got {dim}")
+        self.dim, self.max_period, self.endpoint = dim, max_period, endpoint
+
+    def frequencies(self, device, dtype):
+        half = self.dim // 2
+        ramp = torch.arange(half, device=device, dtype=dtype) / (half - 1 if self.endpoint else half)
+        return torch.exp(-math.log(self.max_period) * ramp)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = self.angles(t)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over ``(B, heads, tokens, head_dim)``, scaled by ``head_dim ** -0.5``.
+
+    It is torch's fused kernel; :func:`distill.jvp.jvp` selects the differentiable one while it runs.
+    """
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def pixel_norm(x: Tensor, dim: int = -1, eps: float = 1e-6) -> Tensor:
+    """``x / rms(x)`` over one dimension (Karras et al. 2018), the second norm of adaptive double normalisation."""
+    return x * torch.rsqrt(x.square().mean(dim, keepdim=True) + eps)

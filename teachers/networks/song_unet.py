@@ -1,0 +1,210 @@
+"""The DDPM++ U-Net of Song et al. (arXiv 2011.13456) as used by EDM (arXiv 2206.00364, appendix F).
+
+Tensor names and constructor defaults are those of the released ``edm-*-vp`` checkpoints, so their state dicts load
+unchanged. The code is our own.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, attend
+
+
+def _uniform(shape, fan_in: int, fan_out: int, kind: str, scale: float) -> Tensor:
+    """EDM's initialisers: Xavier or Kaiming uniform, times ``scale``."""
+    fan = (fan_in + fan_out) / 2 if kind == "xavier_uniform" else fan_in
+    return scale * math.sqrt(3 / fan) * (torch.rand(*shape) * 2 - 1)
+
+
+class Linear(nn.Linear):
+    def __init__(self, in_features, out_features, bias=True, init="xavier_uniform", init_scale=1.0):
+        super().__init__(in_features, out_features, bias=bias)
+        if init == "kaiming_normal":
+            weight = torch.randn(out_features, in_features) * init_scale / math.sqrt(in_features)
+        else:
+            weight = _uniform((out_features, in_features), in_features, out_features, init, init_scale)
+        self.weight.data.copy_(weight)
+        if bias:
+            self.bias.data.zero_()
+
+
+class Conv2d(nn.Module):
+    """Convolution with optional 2x resampling by a fixed separable filter; ``kernel=0`` resamples only."""
+
+    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), init_scale=1.0):
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
+        self.up, self.down = up, down
+        self.weight = self.bias = None
+        if kernel:
+            shape = (out_channels, in_channels, kernel, kernel)
+            fans = in_channels * kernel**2, out_channels * kernel**2
+            self.weight = nn.Parameter(_uniform(shape, *fans, "xavier_uniform", init_scale))
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        taps = (taps.outer(taps) / taps.sum().square())[None, None]
+        self.register_buffer("resample_filter", taps if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up or self.down:
+            x = self.resample(x)
+        if self.weight is not None:
+            x = F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
+        return x
+
+    def resample(self, x: Tensor) -> Tensor:
+        if self.resample_filter.shape[-1] == 2:
+            # The box filter, which every released DDPM++ uses: pooling and repetition are the same map, much faster.
+            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+        taps = self.resample_filter.to(x.dtype).expand(self.in_channels, 1, -1, -1)
+        pad = (taps.shape[-1] - 1) // 2
+        if self.up:
+            return F.conv_transpose2d(x, 4 * taps, stride=2, padding=pad, groups=self.in_channels)
+        return F.conv2d(x, taps, stride=2, padding=pad, groups=self.in_channels)
+
+
+def group_norm(channels: int, eps: float) -> GroupNorm:
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+class UNetBlock(nn.Module):
+    """Residual block: norm, conv, additive time shift *before* the second norm, conv; then optional self-attention."""
+
+    def __init__(
+        self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, dropout=0.0,
+        resample_filter=(1, 1), num_heads=1, skip_scale=math.sqrt(0.5), eps=1e-6,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads = num_heads if attention else 0
+        self.out_channels, self.dropout, self.skip_scale = out_channels, dropout, skip_scale
+        resample = dict(up=up, down=down, resample_filter=resample_filter)
+        self.norm0 = group_norm(in_channels, eps)
+        self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)
+        self.affine = Linear(emb_channels, out_channels)
+        self.norm1 = group_norm(out_channels, eps)
+        self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init_scale=1e-5)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            self.skip = Conv2d(in_channels, out_channels, kernel=1, **resample)
+        if attention:
+            self.norm2 = group_norm(out_channels, eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, init_scale=math.sqrt(0.2))
+            self.proj = Conv2d(out_channels, out_channels, kernel=1, init_scale=1e-5)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        y = self.conv0(F.silu(self.norm0(x)))
+        y = y + self.affine(emb)[:, :, None, None].to(y.dtype)
+        y = self.conv1(F.dropout(F.silu(self.norm1(y)), self.dropout, self.training))
+        x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.num_heads:
+            x = (x + self.attention(self.norm2(x))) * self.skip_scale
+        return x
+
+    def attention(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # Released weights order the 3C outputs as (heads, C / heads, 3).
+        qkv = self.qkv(x).reshape(b, self.num_heads, c // self.num_heads, 3, h * w)
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        return self.proj(attend(q, k, v).transpose(-1, -2).reshape(b, c, h, w))
+
+
+class SongUNet(nn.Module):
+    """DDPM++ U-Net: ``forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W)``.
+
+    Args:
+        img_resolution: height and width of the input.
+        label_dim: number of classes, 0 for an unconditional network. Class labels are one-hot ``(B, label_dim)``;
+            all zeros is the null class.
+        augment_dim: width of EDM's augmentation labels; the tensor exists for released weights and sees zeros.
+        label_dropout: recorded from released checkpoints; labels are dropped by the objective, not by the network.
+        guidance_embedding: adds an input ``guidance`` ``(B,)``: the guidance scale a student was asked for, embedded
+            like the time and zero-initialised (sCM, section 5.2).
+
+    Only the DDPM++ variant (positional embedding, standard encoder and decoder) is defined here.
+    """
+
+    def __init__(
+        self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
+        channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
+        label_dropout=0.0, resample_filter=(1, 1), guidance_embedding=False,
+    ):  # fmt: skip
+        super().__init__()
+        self.label_dim = label_dim
+        emb_channels = model_channels * channel_mult_emb
+        block = dict(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter)
+
+        self.map_noise = PositionalEmbedding(model_channels, endpoint=True)
+        if label_dim:
+            self.map_label = Linear(label_dim, model_channels, init="kaiming_normal", init_scale=math.sqrt(label_dim))
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, model_channels, bias=False)
+        self.guidance_embedding = guidance_embedding
+        if guidance_embedding:
+            self.map_guidance = Linear(model_channels, model_channels, bias=False, init_scale=0.0)
+        self.map_layer0 = Linear(model_channels, emb_channels)
+        self.map_layer1 = Linear(emb_channels, emb_channels)
+
+        self.enc = nn.ModuleDict()
+        cout = in_channels
+        skips = []
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                cin, cout = cout, model_channels
+                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3)
+            else:
+                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+            skips.append(cout)
+            for i in range(num_blocks):
+                cin, cout = cout, model_channels * mult
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attention, **block)
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
+            else:
+                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
+            for i in range(num_blocks + 1):
+                cin, cout = cout + skips.pop(), model_channels * mult
+                attention = i == num_blocks and res in attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attention, **block)
+            if level == 0:
+                self.dec[f"{res}x{res}_aux_norm"] = group_norm(cout, eps=1e-6)
+                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, init_scale=1e-5)
+
+    def embed(self, noise_labels, class_labels, guidance) -> Tensor:
+        emb = self.map_noise(noise_labels)
+        emb = torch.cat(emb.chunk(2, dim=1)[::-1], dim=1)  # released weights expect [sin, cos]
+        if self.label_dim and class_labels is not None:
+            emb = emb + self.map_label(class_labels.to(emb.dtype) * math.sqrt(self.label_dim))
+        elif self.label_dim:
+            emb = emb + self.map_label.bias  # the null class
+        if self.guidance_embedding and guidance is not None:
+            emb = emb + self.map_guidance(self.map_noise(guidance))
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def forward(self, x: Tensor, noise_labels: Tensor, class_labels=None, guidance=None) -> Tensor:
+        # The time path stays in fp32 or better: its derivative is lost in bf16.
+        with torch.autocast(x.device.type, enabled=False):
+            emb = self.embed(noise_labels, class_labels, guidance)
+        emb = emb.to(x.dtype)
+        skips = []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("_conv") else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if name.endswith("aux_norm"):
+                x = F.silu(layer(x))
+            elif name.endswith("aux_conv"):
+                x = layer(x)
+            else:
+                x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
+        return x

@@ -1,0 +1,171 @@
+"""What a pretrained Gaussian teacher's network means, written as data, and its exact map to TrigFlow.
+
+A teacher noises data as ``y = alpha x0 + sigma eps``, ``eps ~ N(0, I)``, feeds ``y`` (perhaps scaled) and some time
+signal to its network, and trains the output towards ``u = a x0 + b eps``. At the TrigFlow time ``t`` of equal
+signal-to-noise ratio, ``tan t = sigma / (alpha sigma_data)``, write ``(alpha, sigma) = k (cos t, sigma_data sin t)``. Then
+
+    y = k x_t        and        F = (u - (a cos t + b sin t / sigma_data) x_t) / (b cos t - a sigma_data sin t).
+
+Nothing is divided by ``sin t`` or ``cos t`` except where the prediction itself loses the information (an eps-prediction
+at ``pi/2``, an x0-prediction at 0). ``sigma_data`` is the student's; a teacher's own may differ (EDM).
+Source: arXiv 2410.11081 appendix B and equations 29 to 34; the single formula is derived in ``docs/method.md``.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Times are kept this far (radians) from 0 and pi/2 wherever a logarithm of tan(t) is taken.
+TIME_MARGIN = 1e-7
+
+
+class Coefficients(NamedTuple):
+    """Everything the map needs at times ``t``; each is ``(B,)`` and differentiable in ``t``."""
+
+    input_scale: Tensor  # network input = input_scale * x_t
+    time: Tensor  # the network's own time signal
+    a: Tensor  # network output u = a x0 + b eps
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """A teacher's convention.
+
+    Args:
+        family: ``"edm"`` (``y = x0 + sigma eps``), ``"vp"`` (``alpha^2 + sigma^2 = 1``), ``"flow"``
+            (``y = (1 - s) x0 + s eps``) or ``"trigflow"``.
+        prediction: the network's output. ``edm``: ``"raw"`` (the U-Net inside EDM's preconditioning) or ``"x0"`` (the
+            whole denoiser ``D(y, sigma)``); ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``;
+            ``flow``: ``"velocity"`` (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
+        time: the time signal. ``edm``: ``"log_sigma/4"`` or ``"sigma"``; ``vp``: ``"log_snr"`` or ``"t"``;
+            ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1 is data); ``trigflow``: ``"t"``.
+        time_scale: factor on the time signal (1000 for SD3, Flux, Wan).
+        teacher_sigma_data: ``sigma_data`` inside EDM's preconditioning; ``None`` means the student's. Only for
+            ``edm`` with ``"raw"``.
+
+    Raises:
+        ValueError: for a combination that is not in the tables above.
+    """
+
+    family: str
+    prediction: str
+    time: str
+    time_scale: float = 1.0
+    teacher_sigma_data: float | None = None
+
+    def __post_init__(self):
+        if self.family not in PREDICTIONS:
+            raise ValueError(f"parameterization family is {self.family!r}; allowed: {', '.join(PREDICTIONS)}")
+        if self.prediction not in PREDICTIONS[self.family]:
+            allowed = ", ".join(PREDICTIONS[self.family])
+            raise ValueError(f"prediction of a {self.family} teacher is {self.prediction!r}; allowed: {allowed}")
+        if self.time not in TIMES[self.family]:
+            allowed = ", ".join(TIMES[self.family])
+            raise ValueError(f"time signal of a {self.family} teacher is {self.time!r}; allowed: {allowed}")
+        if self.teacher_sigma_data is not None and self.prediction != "raw":
+            raise ValueError("teacher_sigma_data belongs to an edm teacher with prediction 'raw' only")
+
+    def coefficients(self, t: Tensor, sigma_data: float) -> Coefficients:
+        """The map at times ``t`` ``(B,)``, in the dtype of ``t`` (use fp64: it costs nothing on ``B`` numbers)."""
+        cos, sin = t.cos(), t.sin()
+        scale, a, b = PREDICTIONS[self.family][self.prediction](cos, sin, sigma_data, self)
+        time = TIMES[self.family][self.time](t, sigma_data) * self.time_scale
+        return Coefficients(scale, time, a, b)
+
+    def to_trigflow(self, u: Tensor, x_t: Tensor, t: Tensor, c: Coefficients, sigma_data: float) -> Tensor:
+        """``F`` ``(B, ...)`` of a network output ``u`` ``(B, ...)``, in the dtype of ``x_t``."""
+        cos, sin = t.cos(), t.sin()
+        weight = 1 / (c.b * cos - c.a * sigma_data * sin)
+        offset = (c.a * cos + c.b * sin / sigma_data) * weight
+        shape = (-1,) + (1,) * (x_t.ndim - 1)
+        return u * weight.to(x_t.dtype).view(shape) - offset.to(x_t.dtype).view(shape) * x_t
+
+    def to_dict(self) -> dict:
+        """Plain values for a JSON card; ``Parameterization(**d)`` is the inverse."""
+        return asdict(self)
+
+
+def _edm_raw(cos, sin, sd, p):
+    own = p.teacher_sigma_data or sd
+    norm = torch.rsqrt((sd * sin).square() + (own * cos).square())  # 1 / (cos t sqrt(sigma^2 + own^2))
+    return norm, sd * sin * norm / own, -own * cos * norm
+
+
+def _edm_x0(cos, sin, sd, p):
+    return 1 / cos, torch.ones_like(cos), torch.zeros_like(cos)
+
+
+def _vp_norm(cos, sin, sd):
+    return torch.rsqrt(cos.square() + (sd * sin).square())
+
+
+def _vp_eps(cos, sin, sd, p):
+    return _vp_norm(cos, sin, sd), torch.zeros_like(cos), torch.ones_like(cos)
+
+
+def _vp_v(cos, sin, sd, p):
+    norm = _vp_norm(cos, sin, sd)
+    return norm, -sd * sin * norm, cos * norm
+
+
+def _vp_x0(cos, sin, sd, p):
+    return _vp_norm(cos, sin, sd), torch.ones_like(cos), torch.zeros_like(cos)
+
+
+def _flow_velocity(cos, sin, sd, p):
+    return 1 / (cos + sd * sin), -torch.ones_like(cos), torch.ones_like(cos)
+
+
+def _flow_negative_velocity(cos, sin, sd, p):
+    scale, a, b = _flow_velocity(cos, sin, sd, p)
+    return scale, -a, -b
+
+
+def _trigflow(cos, sin, sd, p):
+    return torch.full_like(cos, 1 / sd), -sin / sd, cos
+
+
+# family -> prediction -> (cos t, sin t, sigma_data, parameterization) -> (input_scale, a, b)
+PREDICTIONS: dict[str, dict[str, Callable]] = {
+    "edm": {"raw": _edm_raw, "x0": _edm_x0},
+    "vp": {"eps": _vp_eps, "v": _vp_v, "x0": _vp_x0},
+    "flow": {"velocity": _flow_velocity, "-velocity": _flow_negative_velocity},
+    "trigflow": {"F": _trigflow},
+}
+
+
+def _log_sigma(t: Tensor, sd: float) -> Tensor:
+    t = t.clamp(TIME_MARGIN, torch.pi / 2 - TIME_MARGIN)
+    return t.sin().log() - t.cos().log() + torch.log(torch.tensor(sd, dtype=t.dtype, device=t.device))
+
+
+def _flow_s(t: Tensor, sd: float) -> Tensor:
+    return sd * t.sin() / (t.cos() + sd * t.sin())
+
+
+# family -> time signal -> (t, sigma_data) -> the network's time before time_scale
+TIMES: dict[str, dict[str, Callable]] = {
+    "edm": {"log_sigma/4": lambda t, sd: _log_sigma(t, sd) / 4, "sigma": lambda t, sd: _log_sigma(t, sd).exp()},
+    "vp": {"log_snr": lambda t, sd: -2 * _log_sigma(t, sd), "t": lambda t, sd: torch.atan2(sd * t.sin(), t.cos())},
+    "flow": {"s": _flow_s, "1-s": lambda t, sd: 1 - _flow_s(t, sd)},
+    "trigflow": {"t": lambda t, sd: t},
+}
+
+EDM = Parameterization("edm", "raw", "log_sigma/4")
+EDM_DENOISER = Parameterization("edm", "x0", "sigma")
+RECTIFIED_FLOW = Parameterization("flow", "velocity", "s")
+SIT = Parameterization("flow", "-velocity", "1-s")
+TRIGFLOW = Parameterization("trigflow", "F", "t")
+VP_EPS = Parameterization("vp", "eps", "log_snr")
+VP_V = Parameterization("vp", "v", "log_snr")
+VP_X0 = Parameterization("vp", "x0", "log_snr")
+
+# What recipes may name.
+PRESETS = {
+    "EDM": EDM, "EDM_DENOISER": EDM_DENOISER, "RECTIFIED_FLOW": RECTIFIED_FLOW, "SIT": SIT, "TRIGFLOW": TRIGFLOW,
+    "VP_EPS": VP_EPS, "VP_V": VP_V, "VP_X0": VP_X0,
+}  # fmt: skip
