@@ -1,6 +1,7 @@
 """Training images: bundled, on disk, from a hub, or drawn once from the teacher."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,9 +38,13 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        pixels = np.asarray(row[self.image_column].convert(self.mode), dtype=np.float32)
-        pixels = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
-        return torch.from_numpy(pixels / 127.5 - 1), row[self.label_column] if self.label_column else 0
+        image = torch.from_numpy(self.pixels(row[self.image_column])).float() / 127.5 - 1
+        return image, row[self.label_column] if self.label_column else 0
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 ``(C, H, W)``."""
+        pixels = np.array(image.convert(self.mode))
+        return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
 
 
 def open_rows(source: str, split: str) -> datasets.Dataset:
@@ -85,11 +91,14 @@ def load_images(config: DataConfig, channels: int) -> Images:
     return Images(rows, config.image_column, config.label_column, channels)
 
 
-def as_tensors(images: Dataset) -> tuple[Tensor, Tensor]:
+def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     """All images ``(N, C, H, W)`` float32 in [-1, 1] and labels ``(N,)``, for data that fits in memory."""
-    loader = DataLoader(images, batch_size=1000)
-    batches = list(loader)
-    return torch.cat([x for x, _ in batches]), torch.cat([torch.as_tensor(y) for _, y in batches])
+    column = images.rows.cast_column(images.image_column, datasets.Image(decode=False)).with_format("arrow")
+    encoded = column[:][images.image_column].combine_chunks()
+    files = zip(encoded.field("bytes").to_pylist(), encoded.field("path").to_pylist(), strict=True)
+    pixels = [images.pixels(Image.open(io.BytesIO(data) if data else path)) for data, path in files]
+    labels = images.rows[images.label_column][:] if images.label_column else [0] * len(pixels)
+    return torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1), torch.tensor(labels)
 
 
 # Below this many values a data set is decoded once and kept in memory: a training step then costs no decoding.

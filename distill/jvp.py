@@ -1,11 +1,15 @@
 """The derivative of a network along the PF-ODE, by forward-mode AD, made safe for what real networks contain."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from distill.trigflow import expand
+from teachers import Teacher
 
 RNGState = tuple[Tensor, Tensor | None]
 
@@ -35,3 +39,73 @@ def replay_rng(state: RNGState) -> Iterator[None]:
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
     yield
+
+
+class ForwardModeError(ValueError):
+    """A network that forward-mode AD cannot pass, or whose derivative is wrong; the message names the module."""
+
+
+def check_jvp(network: Teacher, batch_size: int = 2, seed: int = 0, tolerance: float = 1e-3) -> float:
+    """Compare the derivative along a random direction with central finite differences in fp64.
+
+    Args:
+        network: any :class:`teachers.Teacher`, in the state (mode, dtype, autocast) it will be trained in.
+        tolerance: largest relative error allowed; loosen it under bf16 autocast.
+
+    Returns:
+        The largest relative error over six times from ``arctan(0.002 / sigma_data)`` to ``arctan(80 / sigma_data)``.
+
+    Raises:
+        ForwardModeError: naming the first module without a forward-mode derivative, or the error found.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    shape = (batch_size, *network.sample_shape)
+    x_t, dx = (network.sigma_data * torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    labels = None if network.num_classes is None else torch.arange(batch_size, device=device) % network.num_classes
+    ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / network.sigma_data
+    reference = copy.deepcopy(network).double()
+    errors = []
+    for time in torch.linspace(*torch.atan(ends).tolist(), 6, dtype=torch.float64).tolist():
+        t = torch.full((batch_size,), time, device=device)
+        scale = t.cos() * t.sin()
+        direction = expand(scale, dx) * dx
+        rng = torch.get_rng_state()
+        tangent = traced_jvp(network, lambda x, s: network(x, s, labels), (x_t, t), (direction, scale))
+        wide = [v.double() for v in (x_t, t, direction, scale)]
+        expected = finite_difference(lambda x, s: reference(x, s, labels), *wide, rng)
+        errors.append(((tangent - expected).norm() / expected.norm()).item())
+    if not max(errors) <= tolerance:
+        raise ForwardModeError(
+            f"the forward-mode derivative of {type(network.native).__name__} is off by {max(errors):.1e} (relative; "
+            f"{tolerance:.0e} is allowed): a module drops or changes tangents, or rounds the time"
+        )
+    return max(errors)
+
+
+def traced_jvp(module: nn.Module, function: Callable, primals: tuple, tangents: tuple) -> Tensor:
+    """The tangent of :func:`jvp`; a failure is reported with the innermost submodule it happened in."""
+    running: list[str] = []
+    names = {m: name or type(m).__name__ for name, m in module.named_modules()}
+    hooks = [m.register_forward_pre_hook(lambda m, _: running.append(names[m])) for m in names]
+    hooks += [m.register_forward_hook(lambda *_: running.pop() and None) for m in names]
+    try:
+        return jvp(function, primals, tangents)[1]
+    except (RuntimeError, NotImplementedError) as error:
+        where = running[-1] if running else type(module).__name__
+        kind = type(dict(module.named_modules()).get(where, module)).__name__
+        reason = str(error).strip().splitlines()[0]
+        raise ForwardModeError(f"forward-mode AD cannot pass module {where!r} ({kind}): {reason}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def finite_difference(function: Callable, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, rng: Tensor, h=1e-5) -> Tensor:
+    """Central difference along ``(dx, dt)``, both sides with the same dropout masks."""
+    sides = []
+    for sign in (1, -1):
+        torch.set_rng_state(rng)
+        sides.append(function(x + sign * h * dx, t + sign * h * dt))
+    return (sides[0] - sides[1]) / (2 * h)

@@ -95,7 +95,7 @@ def load_weights(native: nn.Module, folder: Path) -> None:
     if (folder / WEIGHTS).is_file():
         path, prefix = folder / WEIGHTS, ""
     elif (folder / PIPELINE_WEIGHTS).is_file():
-        path, prefix = folder / PIPELINE_WEIGHTS, "native."
+        path, prefix = folder / PIPELINE_WEIGHTS, "model.native."
     else:
         raise FileNotFoundError(f"{folder} has a config.json but no {WEIGHTS}")
     tensors = read_safetensors(path)

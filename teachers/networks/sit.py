@@ -9,7 +9,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from teachers.networks.layers import PositionalEmbedding, attend, pixel_norm
@@ -21,7 +20,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b c h w -> b (h w) c")
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -69,9 +68,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+        return self.proj(out.transpose(1, 2).reshape(b, n, c))
 
 
 class Mlp(nn.Module):
@@ -198,6 +198,10 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             x = block(x, c)
-        p = self.patch_size
-        x = rearrange(self.final_layer(x, c), "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid, p=p, q=p)
-        return x[:, : self.in_channels]
+        return self.unpatchify(self.final_layer(x, c))[:, : self.in_channels]
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """``(B, tokens, patch_size^2 C)`` to ``(B, C, H, W)``; the channel varies fastest within a token."""
+        b, g, p = len(x), self.grid, self.patch_size
+        x = x.view(b, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(b, self.out_channels, g * p, g * p)

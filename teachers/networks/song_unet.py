@@ -96,7 +96,8 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(F.silu(self.norm0(x)))
-        y = y + self.affine(emb)[:, :, None, None].to(y.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the time path, whatever the precision of the rest
+            y = y + self.affine(emb)[:, :, None, None]
         y = self.conv1(F.dropout(F.silu(self.norm1(y)), self.dropout, self.training))
         x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
         if self.num_heads:
@@ -195,7 +196,6 @@ class SongUNet(nn.Module):
         # The time path stays in fp32 or better: its derivative is lost in bf16.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(noise_labels, class_labels, guidance)
-        emb = emb.to(x.dtype)
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("_conv") else layer(x, emb)

@@ -1,0 +1,139 @@
+"""The ``distill`` command."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import teachers
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Samples as a PNG grid or as arrays."""
+    from distill.model import from_pretrained
+    from distill.sampling import cycle_labels
+    from distill.visual import save_grid, to_uint8
+
+    if options.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png or .npz, got {options.out}")
+    model = from_pretrained(options.source)
+    labels = repeat_labels(options.labels, options.num)
+    images = model.sample(options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.out.suffix == ".png":
+        save_grid(list(images.split(options.columns)), options.out)
+    else:
+        used = cycle_labels(model.network, options.num) if labels is None else labels
+        arrays = {"images": to_uint8(images)} | ({} if used is None else {"labels": np.asarray(used)})
+        teachers.pretrained.write_atomically(options.out, lambda path: save_npz(path, arrays))
+    print(f"{options.num} images in {options.out}")
+
+
+def save_npz(path: Path, arrays: dict) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def repeat_labels(labels: list[int] | None, num: int) -> list[int] | None:
+    """``--labels 3`` for all images, ``--labels 0 1 2`` cycled."""
+    return None if labels is None else [labels[i % len(labels)] for i in range(num)]
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Metrics of a model, printed and optionally written as JSON."""
+    from distill.evaluation import format_table
+    from distill.model import DEFAULT_STEPS, from_pretrained
+
+    model = from_pretrained(options.source)
+    steps = options.steps or DEFAULT_STEPS[model.role]
+    scores = model.evaluate(options.num, steps, options.features, options.data, options.seed)
+    print(format_table({f"{options.source}, {steps} steps": scores}))
+    if options.out is not None:
+        teachers.pretrained.write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
+
+
+def export(options: argparse.Namespace) -> None:
+    """A diffusers pipeline folder."""
+    from distill.model import from_pretrained
+
+    folder = from_pretrained(options.source).export(options.out_dir)
+    print(f"diffusers pipeline in {folder}")
+
+
+def list_teachers(options: argparse.Namespace) -> None:
+    """The models that ship with the package."""
+    for name in teachers.bundled():
+        config = teachers.load_config(name)
+        print(f"{name:18} {config['role']:8} {config['network']:9} {'x'.join(map(str, config['sample_shape']))}")
+
+
+def inspect_teacher(options: argparse.Namespace) -> None:
+    """What is known of one model."""
+    for key, value in teachers.inspect(options.source).items():
+        print(f"{key}: {value}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distill", description="Few-step consistency models from your teacher.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    p = add_verb(verbs, "sample", sample, "distill sample mnist-edm-scm --num 64 --steps 2 --labels 3 --out grid.png")
+    add_source(p)
+    p.add_argument("--num", type=int, default=64, help="number of images (64)")
+    add_steps_and_seed(p)
+    p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
+    p.add_argument("--guidance-scale", type=float, help="guidance of a teacher, or of a student distilled over a range")
+    p.add_argument("--batch-size", type=int, default=250)
+    p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
+    p.add_argument("--out", type=Path, required=True, help="a .png grid, or .npz with images (uint8 NHWC) and labels")
+
+    p = add_verb(verbs, "evaluate", evaluate, "distill evaluate mnist-edm-scm --steps 2 --num 10000")
+    add_source(p)
+    p.add_argument("--num", type=int, default=10_000, help="number of samples (10000)")
+    add_steps_and_seed(p)
+    p.add_argument("--features", default="MNIST-CNN", help="feature extractor: MNIST-CNN or pixels")
+    p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
+    p.add_argument("--out", type=Path, help="write the scores as JSON")
+
+    p = add_verb(verbs, "export", export, "distill export runs/mnist my-pipeline")
+    add_source(p)
+    p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+
+    p = verbs.add_parser("teachers", help="list the bundled models, or inspect one")
+    nested = p.add_subparsers(metavar="list|inspect")
+    p.set_defaults(action=list_teachers)
+    add_verb(nested, "list", list_teachers, "distill teachers list")
+    add_source(add_verb(nested, "inspect", inspect_teacher, "distill teachers inspect mnist-edm"))
+    return parser
+
+
+def add_verb(verbs, name: str, action, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, epilog=f"example: {example}")
+    parser.set_defaults(action=action)
+    return parser
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="bundled name, model folder, run folder or exported pipeline")
+
+
+def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="student: evaluations (2); teacher: Heun steps (18, 35 NFE)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; errors that a user can cause are one sentence on stderr and exit status 1."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.action(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

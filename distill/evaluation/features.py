@@ -1,0 +1,52 @@
+"""Feature extractors that metrics are computed on. A score is only comparable with scores on the same features."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.data import ASSETS
+from distill.evaluation.classifier import MNISTClassifier
+from teachers.pretrained import load_tensors, read_safetensors
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """``extract`` maps images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``; ``classify`` to class indices.
+
+    ``name`` stands in front of every score: scores on different features are not comparable.
+    """
+
+    name: str
+    extract: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+
+
+def mnist_cnn() -> FeatureExtractor:
+    """The bundled MNIST classifier: 128-d features, and the class it sees."""
+    model = MNISTClassifier().eval().requires_grad_(False)
+    path = ASSETS / "mnist-cnn.safetensors"
+    load_tensors(model, read_safetensors(path), str(path))
+    return FeatureExtractor("MNIST-CNN", model.features, lambda images: model(images).argmax(1))
+
+
+def pixels() -> FeatureExtractor:
+    """Average-pooled pixels, at most 16 x 16: for data without a fitting network."""
+    return FeatureExtractor("pixels", lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 16).flatten(1))
+
+
+EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {"MNIST-CNN": mnist_cnn, "pixels": pixels}
+
+
+def load_features(name: str | FeatureExtractor) -> FeatureExtractor:
+    """An extractor by name, or one of your own as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(name, FeatureExtractor):
+        return name
+    if name not in EXTRACTORS:
+        raise ValueError(f"features are {name!r}; allowed: {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name]()

@@ -1,0 +1,72 @@
+"""Small real networks that every test shares, and an analytic Gaussian mixture."""
+
+import pytest
+import torch
+
+import teachers
+from teachers.networks import build
+
+UNET = dict(
+    img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+    attn_resolutions=[4], dropout=0.0,
+)  # fmt: skip
+SIT = dict(
+    input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3, learn_sigma=False
+)
+
+
+def small_teacher(kind: str, sigma_data: float = 0.5, **changes) -> teachers.Teacher:
+    """A tiny network with random weights; zero-initialised layers are perturbed so that they matter."""
+    torch.manual_seed(0)
+    unet = kind == "SongUNet"
+    native = build(kind, {**(UNET if unet else SIT), **changes})
+    for p in native.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    convention = teachers.EDM if unet else teachers.RECTIFIED_FLOW
+    return teachers.wrap(native, convention, sigma_data, (1, 8, 8), 3, "one_hot" if unet else "index").eval()
+
+
+@pytest.fixture(params=["SongUNet", "SiT"])
+def teacher(request) -> teachers.Teacher:
+    return small_teacher(request.param)
+
+
+@pytest.fixture
+def make_teacher():
+    return small_teacher
+
+
+class GaussianMixture:
+    """Three 2-D Gaussians with known posterior means under any ``y = alpha x0 + sigma eps``, fp64."""
+
+    means = torch.tensor([[-1.2, 0.4], [0.7, -0.9], [0.5, 1.1]], dtype=torch.float64)
+    variances = torch.tensor([0.09, 0.05, 0.07], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+    def posterior(self, y, alpha, sigma):
+        """``E[x0 | y]`` and ``E[eps | y]`` for ``y`` ``(B, 2, 1, 1)`` and coefficients ``(B,)``."""
+        y2 = y.flatten(1)
+        alpha, sigma = (torch.as_tensor(v, dtype=y.dtype).expand(len(y)) for v in (alpha, sigma))
+        total = alpha[:, None] ** 2 * self.variances + sigma[:, None] ** 2
+        d = y2[:, None] - alpha[:, None, None] * self.means
+        log_weight = self.weights.log() - d.square().sum(2) / (2 * total) - total.log()
+        gain = (alpha[:, None] * self.variances / total)[..., None]
+        x0 = (log_weight.softmax(1)[..., None] * (self.means + gain * d)).sum(1)
+        eps = (y2 - alpha[:, None] * x0) / sigma[:, None]
+        return x0.view_as(y), eps.view_as(y)
+
+    def sample(self, n, generator):
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, 2, generator=generator, dtype=torch.float64)
+        return (self.means[k] + self.variances[k].sqrt()[:, None] * noise).view(n, 2, 1, 1)
+
+    def F(self, x_t, t, sigma_data):
+        """The exact TrigFlow network ``E[cos(t) eps - sin(t) x0 / sigma_data | x_t]``."""
+        x0, eps = self.posterior(x_t, t.cos(), sigma_data * t.sin())
+        t = t.view(-1, 1, 1, 1)
+        return t.cos() * eps - t.sin() * x0 / sigma_data
+
+
+@pytest.fixture
+def mixture() -> GaussianMixture:
+    return GaussianMixture()
