@@ -1,0 +1,156 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import teachers
+from distill import sampling, trigflow
+from distill.schedule import sample_seeds, student_times
+
+SD = 0.5
+
+
+class AnalyticF(nn.Module):
+    """The exact network of the mixture, counting its calls."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture, self.calls = mixture, 0
+        self.anchor = nn.Parameter(torch.zeros(1))  # tells the samplers the device
+
+    def forward(self, x, time):
+        self.calls += 1
+        return self.mixture.F(x.double() * SD, time.double(), SD).to(x.dtype)
+
+
+@pytest.fixture
+def analytic(mixture):
+    return teachers.wrap(AnalyticF(mixture), teachers.TRIGFLOW, SD, (2, 1, 1))
+
+
+def test_heun_is_of_second_order_and_counts_its_evaluations(analytic):
+    seeds = list(range(64))
+    # A sampler's fp32 state limits the accuracy; a moderate sigma_max keeps the comparison in reach.
+    solve = lambda n: sampling.sample_teacher(analytic, seeds, None, n, sigma_max=20.0)  # noqa: E731
+    exact = solve(400)
+    errors = [(solve(n) - exact).square().mean().sqrt().item() for n in (20, 40)]
+    assert errors[0] / errors[1] > 3, errors
+    analytic.native.calls = 0
+    solve(18)
+    assert analytic.native.calls == sampling.count_evaluations(18) == 35
+
+
+def test_dpmpp_converges_to_the_same_samples(analytic):
+    seeds = list(range(64))
+    exact = sampling.sample_teacher(analytic, seeds, None, 400, sigma_max=20.0)
+    error = lambda n: (  # noqa: E731
+        (sampling.sample_teacher(analytic, seeds, None, n, "dpmpp_2m", sigma_max=20.0) - exact).square().mean().sqrt()
+    )
+    assert error(60) < 0.02 and error(30) / error(60) > 2.5
+    analytic.native.calls = 0
+    sampling.sample_teacher(analytic, seeds, None, 18, "dpmpp_2m")
+    assert analytic.native.calls == sampling.count_evaluations(18, "dpmpp_2m") == 18
+
+
+def test_teacher_samples_follow_the_data(analytic, mixture):
+    x = sampling.sample_teacher(analytic, list(range(2000)), None, 30).flatten(1).double()
+    nearest = torch.cdist(x, mixture.means).argmin(1)
+    shares = torch.bincount(nearest, minlength=3) / len(x)
+    torch.testing.assert_close(shares.double(), mixture.weights, atol=0.05, rtol=0)
+
+
+class GaussianConsistency(nn.Module):
+    """F of the exact consistency function of data N(0, s^2): f(x, t) = s x / sqrt(s^2 cos^2 + sd^2 sin^2)."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.s = nn.Parameter(torch.tensor(s))
+
+    def forward(self, x, time):
+        t, x = time.view(-1, 1, 1, 1), x * SD
+        f = self.s * x / ((self.s * t.cos()).square() + (SD * t.sin()).square()).sqrt()
+        return (t.cos() * x - f) / (t.sin() * SD)
+
+
+def test_an_exact_consistency_function_samples_in_any_number_of_steps():
+    student = teachers.wrap(GaussianConsistency(0.3), teachers.TRIGFLOW, SD, (1, 1, 1))
+    for steps in (1, 2, 4):
+        x = sampling.sample_student(student, list(range(20_000)), None, steps)
+        assert abs(x.std().item() - 0.3) < 0.005 and abs(x.mean().item()) < 0.01
+
+
+def test_student_sampling_is_the_written_out_loop(teacher):
+    seeds, labels = [5, 6], torch.tensor([0, 2])
+    times = student_times(2, SD)
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    noise = lambda: SD * torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators])  # noqa: E731
+    x = noise()
+    with torch.no_grad():
+        for i, time in enumerate(times):
+            t = torch.full((2,), time)
+            if i:
+                x = math.cos(time) * x0 + math.sin(time) * noise()  # noqa: F821
+            x0 = trigflow.consistency_function(x, teacher(x, t, labels), t, SD)
+    torch.testing.assert_close(sampling.sample_student(teacher, seeds, labels, 2), x0)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_image_i_depends_on_neither_batch_size_nor_number(teacher, role):
+    draw = lambda num, batch: torch.cat(  # noqa: E731
+        [x for x, _ in sampling.generate(teacher, num, num_inference_steps=3, role=role, seed=7, batch_size=batch)]
+    )
+    whole = draw(7, 7)
+    torch.testing.assert_close(draw(7, 2), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(draw(3, 3), whole[:3], rtol=1e-4, atol=1e-5)
+    assert whole.abs().max() <= 1
+
+
+def test_sampling_leaves_the_training_mode_alone(teacher):
+    teacher.train()
+    sampling.sample_student(teacher, [0], torch.tensor([1]), 1)
+    assert teacher.training
+
+
+def test_seeds_do_not_depend_on_the_number():
+    first = sample_seeds(5, torch.Generator().manual_seed(3))
+    assert sample_seeds(50, torch.Generator().manual_seed(3))[:5] == first
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_default_times_decrease_from_t_max(steps):
+    times = student_times(steps, SD)
+    assert len(times) == steps and times[0] == trigflow.max_time(SD)
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert student_times(2, SD)[1] == 1.1
+
+
+def test_search_finds_the_best_time():
+    times, score = sampling.search_times(lambda times: (times[1] - 0.77) ** 2, [1.56, 1.1], rounds=5)
+    assert abs(times[1] - 0.77) < 0.01 and score < 1e-4 and times[0] == 1.56
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(num_inference_steps=0), "num_inference_steps must be 1 to 8, got 0"),
+        (dict(times=[1.0, 1.2]), "must decrease"),
+        (dict(times=[2.0]), r"within \(0, pi/2\]"),
+        (dict(labels=torch.tensor([0, 9])), "label 9 is out of range"),
+        (dict(labels=torch.tensor([0])), "2 samples need 2 labels, got 1"),
+        (dict(labels=None), "class-conditional and needs labels"),
+        (dict(guidance=2.0), "fixed guidance scale"),
+    ],
+)
+def test_bad_student_arguments(teacher, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.sample_student(teacher, [0, 1], **{"labels": torch.tensor([0, 1]), **kwargs})
+
+
+def test_bad_teacher_arguments(teacher):
+    with pytest.raises(ValueError, match="solver is 'euler'; allowed: heun, dpmpp_2m"):
+        sampling.sample_teacher(teacher, [0], torch.tensor([0]), 5, "euler")
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1"):
+        sampling.sample_teacher(teacher, [0], torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match="number of samples must be at least 1"):
+        next(sampling.generate(teacher, 0, num_inference_steps=1, role="student"))

@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import teachers
+from distill import trigflow
+from distill.objectives import scm
+from distill.recipe import TangentConfig, parse_recipe
+
+SD = 0.5
+BASE = dict(
+    objective="distillation", output_dir="x", sigma_data=SD, max_train_steps=1, train_batch_size=4, sample_shape=[1, 8, 8],
+    num_classes=3, teacher="x", adaptive_weighting=False,
+)  # fmt: skip
+X0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * SD
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def recipe(**changes):
+    return parse_recipe({**BASE, **changes}, "test")
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+def test_tangent_is_cos_t_df_dt_by_finite_differences(make_teacher):
+    """``g`` at r = 1 equals ``cos(t) df/dt`` along the teacher's PF-ODE, differentiated numerically in fp64."""
+    teacher = make_teacher("SongUNet").double()
+    student = make_teacher("SongUNet").double()
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    t = torch.tensor([0.2, 0.7, 1.2, 1.5], dtype=torch.float64)
+    x_t = trigflow.perturb(X0.double(), SD * torch.randn(4, 1, 8, 8, dtype=torch.float64), t)
+    with torch.no_grad():
+        dx_dt = SD * teacher(x_t, t, LABELS)
+        f = lambda x, t: trigflow.consistency_function(x, student(x, t, LABELS), t, SD)  # noqa: E731
+        h = 1e-5
+        slope = (f(x_t + h * dx_dt, t + h) - f(x_t - h * dx_dt, t - h)) / (2 * h)
+    objective = scm.Consistency(recipe(), teacher)
+    _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    torch.testing.assert_close(g, trigflow.expand(t.cos(), g) * slope, rtol=1e-6, atol=1e-7)
+    objective.recipe.tangent.rearrangement = False
+    _, plain = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    torch.testing.assert_close(plain, g, rtol=1e-8, atol=1e-10)
+
+
+def test_discrete_tangent_approaches_the_continuous_one(make_teacher):
+    teacher, student = make_teacher("SiT").double(), make_teacher("SiT", sigma_data=SD).double()
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    objective = scm.Consistency(recipe(), teacher)
+    t = torch.tensor([0.2, 0.7, 1.2, 1.5], dtype=torch.float64)
+    x_t = trigflow.perturb(X0.double(), SD * torch.randn(4, 1, 8, 8, dtype=torch.float64), t)
+    dx_dt = SD * teacher(x_t, t, LABELS).detach()
+    for r in (0.3, 1.0):
+        _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, r)
+        errors = []
+        for step in (1e-2, 1e-3):
+            _, d = objective.discrete_tangent(student, x_t, t, t - step, dx_dt, LABELS, None, r, None)
+            errors.append((d - g).norm() / g.norm())
+        assert errors[1] < 0.01 and errors[0] / errors[1] > 5
+
+
+def test_the_exact_consistency_function_has_no_tangent():
+    """For Gaussian data the exact student is a fixed point: g = 0 under the exact teacher."""
+    s = 0.3
+
+    class Exact(nn.Module):
+        def __init__(self, consistency):
+            super().__init__()
+            self.consistency = consistency
+
+        def forward(self, x, time):
+            t, x = time.view(-1, 1, 1, 1), x * SD
+            variance = (s * t.cos()).square() + (SD * t.sin()).square()
+            if self.consistency:
+                return (t.cos() * x - s * x / variance.sqrt()) / (t.sin() * SD)
+            return (SD**2 - s**2) * t.sin() * t.cos() * x / (variance * SD)
+
+    teacher, student = (teachers.wrap(Exact(c), teachers.TRIGFLOW, SD, (1, 8, 8)) for c in (False, True))
+    objective = scm.Consistency(recipe(num_classes=None), teacher)
+    t = torch.tensor([0.1, 0.7, 1.2, 1.55], dtype=torch.float64)
+    x_t = SD * torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    _, g = objective.continuous_tangent(student, x_t, t, SD * teacher(x_t, t), None, None, 1.0)
+    assert g.abs().max() < 1e-12
+
+
+def test_gradient_is_that_of_the_linearised_loss(make_teacher):
+    """The gradient of the squared error equals ``-2/D grad(F . g)`` with g held fixed (section 4.2)."""
+    teacher, student = make_teacher("SiT"), make_teacher("SiT")
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    objective = scm.Consistency(recipe(), teacher)
+    objective(student, student, X0, LABELS, 5000, generator()).loss.backward()
+    got = student.native.x_embedder.proj.weight.grad.clone()
+    student.zero_grad()
+    gen = generator()
+    t = trigflow.sample_times(4, -1.0, 1.4, SD, gen).float()
+    x_t = trigflow.perturb(X0, SD * torch.randn(X0.shape, generator=gen), t)
+    dx_dt = SD * teacher(x_t, t, LABELS).detach()
+    _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    g = scm.normalize_tangent(g, objective.recipe.tangent)
+    (-2 * (student(x_t, t, LABELS) * g).flatten(1).mean(1).mean()).backward()
+    torch.testing.assert_close(got, student.native.x_embedder.proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_normalisation_conventions():
+    g = torch.randn(3, 1, 8, 8)
+    rms = g.square().mean((1, 2, 3)).sqrt().view(3, 1, 1, 1)
+    normalize = lambda kind: scm.normalize_tangent(g, TangentConfig(normalization=kind, constant=0.1))  # noqa: E731
+    torch.testing.assert_close(normalize("rms"), g / (rms + 0.1))
+    torch.testing.assert_close(normalize("l2"), g / (rms * 8 + 0.1))
+    torch.testing.assert_close(normalize("clip"), g.clamp(-0.1, 0.1))
+    assert normalize("none") is g
+
+
+def test_adaptive_weighting_settles_at_the_inverse_error():
+    torch.manual_seed(0)
+    weighting = scm.AdaptiveWeighting()
+    t, error = torch.linspace(0.1, 1.5, 64), torch.linspace(0.1, 1.5, 64).exp()
+    optimizer = torch.optim.Adam(weighting.parameters(), 0.02)
+    for _ in range(500):
+        optimizer.zero_grad()
+        scm.weighted_loss(error, t, weighting).backward()
+        optimizer.step()
+    torch.testing.assert_close(weighting(t).exp() * error, torch.ones(64), atol=0.05, rtol=0)
+
+
+def test_warm_up_scales_the_second_term():
+    x, dx, F, dF = torch.randn(4, 2, 1, 8, 8)
+    t = torch.tensor([0.4, 1.1])
+    g = lambda r: scm.consistency_tangent(x, t, dx, F, dF, r, SD)  # noqa: E731
+    torch.testing.assert_close(g(0.25), g(0.0) + 0.25 * (g(1.0) - g(0.0)))
+    torch.testing.assert_close(g(0.0), -trigflow.expand(t.cos().square(), x) * (SD * F - dx))
+
+
+def test_consistency_training_uses_the_data_velocity(make_teacher):
+    student = make_teacher("SiT")
+    objective = scm.build_objective(recipe(objective="training"), make_teacher("SiT"))
+    z = SD * torch.randn(X0.shape)
+    t = torch.tensor([0.3, 0.6, 0.9, 1.2])
+    velocity = objective.pf_ode_velocity(X0, z, None, t, LABELS, None)
+    torch.testing.assert_close(velocity, trigflow.velocity(X0, z, t))
+    assert torch.isfinite(objective(student, student, X0, LABELS, 0, generator()).loss)
+
+
+def test_guidance_range_reaches_teacher_and_student(make_teacher):
+    teacher = make_teacher("SiT")
+    student = teacher.student(guidance_embedding=True)
+    objective = scm.Consistency(recipe(guidance_scale=[1.0, 3.0]), teacher)
+    scale = objective.sample_guidance(1000, generator(), "cpu")
+    assert 1 <= scale.min() < 1.1 and 2.9 < scale.max() <= 3
+    objective(student, student, X0, LABELS, 100, generator()).loss.backward()
+    assert student.native.g_embedder.mlp[2].weight.grad.abs().max() > 0
+
+
+def test_training_with_dropout_keeps_the_target_consistent(make_teacher):
+    """With shared masks and a zero tangent the loss is exactly zero; with other masks it is not."""
+    student = make_teacher("SongUNet", dropout=0.5).train()
+    objective = scm.Consistency(recipe(tangent={"constant": 1e12}), make_teacher("SongUNet"))
+    assert objective(student, student, X0, LABELS, 0, generator()).loss < 1e-10
+
+
+def test_discrete_grid_is_edms():
+    grid = scm.discrete_times(64, SD)
+    sigma = SD * grid.tan()
+    assert len(grid) == 65 and grid[0] == 0
+    assert math.isclose(sigma[1], 0.002, rel_tol=1e-6) and math.isclose(sigma[-1], 80, rel_tol=1e-6)
+    objective = scm.Consistency(recipe(discrete_steps=64), None)
+    t, t_next = objective.sample_times(1000, generator(), "cpu")
+    assert (t_next < t).all() and set(t.tolist()) <= set(grid.float().tolist())
+    with pytest.raises(ValueError, match="discrete_steps must be at least 2"):
+        scm.discrete_times(1, SD)
+
+
+def test_diffusion_loss_vanishes_for_the_exact_network():
+    """Data at one point: the exact F is the conditional velocity over sigma_data."""
+
+    class Exact(nn.Module):
+        def forward(self, x, time):
+            t, x = time.view(-1, 1, 1, 1), x * SD
+            return (t.cos() * x - 0.25) / (t.sin() * SD)
+
+    network = teachers.wrap(Exact(), teachers.TRIGFLOW, SD, (1, 8, 8))
+    objective = scm.Diffusion(recipe(num_classes=None))
+    loss = objective(network, network, torch.full((64, 1, 8, 8), 0.25), None, 0, generator()).loss
+    assert loss < 1e-3
