@@ -21,7 +21,8 @@ class GroupNorm(nn.GroupNorm):
             wide = x if x.dtype == torch.float64 else x.float()
             primal, tangent = fwAD.unpack_dual(wide)
             if tangent is None:
-                out = F.group_norm(wide, self.num_groups, self.weight, self.bias, self.eps)
+                weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+                out = F.group_norm(wide, self.num_groups, weight, bias, self.eps)
             else:
                 out = self.dual_forward(primal, tangent)
             return out.to(x.dtype)
@@ -30,16 +31,22 @@ class GroupNorm(nn.GroupNorm):
         """``y = w x^ + b`` and ``t_y = w rstd (t_x - mean(t_x) - x^ mean(x^ t_x))`` with ``x^ = (x - mean) rstd``."""
         b, c, *space = x.shape
         groups = (b, self.num_groups, c // self.num_groups, math.prod(space))
-        y, mean, rstd = torch.native_group_norm(
-            x, self.weight, self.bias, b, c, math.prod(space), self.num_groups, self.eps
-        )
+        scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
         mean, rstd = mean.view(b, -1, 1, 1), rstd.view(b, -1, 1, 1)
         normed, t = (x.reshape(groups) - mean) * rstd, t_x.reshape(groups)
         t_mean = t.mean((2, 3), keepdim=True)
         projection = (normed * t).mean((2, 3), keepdim=True)
-        weight = self.weight.view(1, self.num_groups, -1, 1) * rstd
+        weight = scale.view(1, self.num_groups, -1, 1) * rstd
         t_y = (t - t_mean).addcmul_(normed, projection, value=-1).mul_(weight)
         return fwAD.make_dual(y, t_y.reshape(x.shape))
+
+
+class TimeLinear(nn.Linear):
+    """A linear layer of the time path: it computes in the dtype of its input, whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class TimeEmbedding(nn.Module):

@@ -5,13 +5,11 @@ Tensor names and constructor defaults are those of the released SiT checkpoints 
 their state dicts load unchanged. The code is our own.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import PositionalEmbedding, attend, pixel_norm
+from teachers.networks.layers import PositionalEmbedding, TimeLinear, attend, pixel_norm
 
 
 class PatchEmbed(nn.Module):
@@ -28,7 +26,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.frequencies = PositionalEmbedding(frequency_embedding_size)
         self.mlp = nn.Sequential(
-            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            TimeLinear(frequency_embedding_size, hidden_size), nn.SiLU(), TimeLinear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Tensor) -> Tensor:
@@ -148,6 +146,8 @@ class SiT(nn.Module):
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of 4 and of num_heads {num_heads}")
         self.in_channels, self.patch_size, self.grid = in_channels, patch_size, input_size // patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes = num_classes
@@ -195,7 +195,10 @@ class SiT(nn.Module):
         # The time path stays in fp32 or better: its derivative is lost in bf16.
         with torch.autocast(x.device.type, enabled=False):
             c = self.embed(t, y, guidance)
+        if x.shape[-2:] != (self.grid * self.patch_size,) * 2:
+            raise ValueError(f"height and width must be {self.grid * self.patch_size}, got {tuple(x.shape[-2:])}")
         x = self.x_embedder(x) + self.pos_embed
+        c = c.to(x.dtype)
         for block in self.blocks:
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))[:, : self.in_channels]

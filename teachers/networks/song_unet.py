@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, attend
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, TimeLinear, attend
+
+# A residual sum of two unit-variance branches keeps unit variance (EDM, appendix F).
+SKIP_SCALE = math.sqrt(0.5)
 
 
 def _uniform(shape, fan_in: int, fan_out: int, kind: str, scale: float) -> Tensor:
@@ -19,7 +22,7 @@ def _uniform(shape, fan_in: int, fan_out: int, kind: str, scale: float) -> Tenso
     return scale * math.sqrt(3 / fan) * (torch.rand(*shape) * 2 - 1)
 
 
-class Linear(nn.Linear):
+class Linear(TimeLinear):
     def __init__(self, in_features, out_features, bias=True, init="xavier_uniform", init_scale=1.0):
         super().__init__(in_features, out_features, bias=bias)
         if init == "kaiming_normal":
@@ -44,6 +47,9 @@ class Conv2d(nn.Module):
             fans = in_channels * kernel**2, out_channels * kernel**2
             self.weight = nn.Parameter(_uniform(shape, *fans, "xavier_uniform", init_scale))
             self.bias = nn.Parameter(torch.zeros(out_channels))
+        if len(resample_filter) % 2:
+            raise ValueError(f"resample_filter needs an even number of taps, got {list(resample_filter)}")
+        self.box = tuple(resample_filter) == (1, 1)
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = (taps.outer(taps) / taps.sum().square())[None, None]
         self.register_buffer("resample_filter", taps if up or down else None)
@@ -56,8 +62,8 @@ class Conv2d(nn.Module):
         return x
 
     def resample(self, x: Tensor) -> Tensor:
-        if self.resample_filter.shape[-1] == 2:
-            # The box filter, which every released DDPM++ uses: pooling and repetition are the same map, much faster.
+        if self.box:
+            # What every released DDPM++ uses: pooling and repetition are the same map, much faster.
             return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
         taps = self.resample_filter.to(x.dtype).expand(self.in_channels, 1, -1, -1)
         pad = (taps.shape[-1] - 1) // 2
@@ -66,8 +72,8 @@ class Conv2d(nn.Module):
         return F.conv2d(x, taps, stride=2, padding=pad, groups=self.in_channels)
 
 
-def group_norm(channels: int, eps: float) -> GroupNorm:
-    return GroupNorm(min(32, channels // 4), channels, eps=eps)
+def group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class UNetBlock(nn.Module):
@@ -75,33 +81,33 @@ class UNetBlock(nn.Module):
 
     def __init__(
         self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, dropout=0.0,
-        resample_filter=(1, 1), num_heads=1, skip_scale=math.sqrt(0.5), eps=1e-6,
+        resample_filter=(1, 1),
     ):  # fmt: skip
         super().__init__()
-        self.num_heads = num_heads if attention else 0
-        self.out_channels, self.dropout, self.skip_scale = out_channels, dropout, skip_scale
+        self.num_heads = 1 if attention else 0
+        self.dropout = dropout
         resample = dict(up=up, down=down, resample_filter=resample_filter)
-        self.norm0 = group_norm(in_channels, eps)
+        self.norm0 = group_norm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)
         self.affine = Linear(emb_channels, out_channels)
-        self.norm1 = group_norm(out_channels, eps)
+        self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init_scale=1e-5)
         self.skip = None
         if out_channels != in_channels or up or down:
             self.skip = Conv2d(in_channels, out_channels, kernel=1, **resample)
         if attention:
-            self.norm2 = group_norm(out_channels, eps)
+            self.norm2 = group_norm(out_channels)
             self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init_scale=1e-5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(F.silu(self.norm0(x)))
         with torch.autocast(x.device.type, enabled=False):  # the time path, whatever the precision of the rest
-            y = y + self.affine(emb)[:, :, None, None]
+            y = y + self.affine(emb)[:, :, None, None].to(self.affine.weight.dtype)
         y = self.conv1(F.dropout(F.silu(self.norm1(y)), self.dropout, self.training))
-        x = (y + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = (y + (x if self.skip is None else self.skip(x))) * SKIP_SCALE
         if self.num_heads:
-            x = (x + self.attention(self.norm2(x))) * self.skip_scale
+            x = (x + self.attention(self.norm2(x))) * SKIP_SCALE
         return x
 
     def attention(self, x: Tensor) -> Tensor:
@@ -133,6 +139,9 @@ class SongUNet(nn.Module):
         label_dropout=0.0, resample_filter=(1, 1), guidance_embedding=False,
     ):  # fmt: skip
         super().__init__()
+        self.stride = 2 ** (len(channel_mult) - 1)
+        if img_resolution % self.stride:
+            raise ValueError(f"img_resolution {img_resolution} is not a multiple of {self.stride} (2 ** downsamplings)")
         self.label_dim = label_dim
         emb_channels = model_channels * channel_mult_emb
         block = dict(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter)
@@ -178,7 +187,7 @@ class SongUNet(nn.Module):
                 attention = i == num_blocks and res in attn_resolutions
                 self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attention, **block)
             if level == 0:
-                self.dec[f"{res}x{res}_aux_norm"] = group_norm(cout, eps=1e-6)
+                self.dec[f"{res}x{res}_aux_norm"] = group_norm(cout)
                 self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, init_scale=1e-5)
 
     def embed(self, noise_labels, class_labels, guidance) -> Tensor:
@@ -193,6 +202,8 @@ class SongUNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels=None, guidance=None) -> Tensor:
+        if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
+            raise ValueError(f"height and width must be multiples of {self.stride}, got {tuple(x.shape[-2:])}")
         # The time path stays in fp32 or better: its derivative is lost in bf16.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(noise_labels, class_labels, guidance)

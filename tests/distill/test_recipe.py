@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import pytest
+
+from distill.recipe import load_recipe, parse_overrides, parse_recipe, recipe_path, to_dict
+
+RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").rglob("*.yaml"))
+MINIMAL = dict(
+    objective="distillation", output_dir="x", sigma_data=0.5, max_train_steps=1, train_batch_size=4, sample_shape=[1, 8, 8],
+    teacher="mnist-edm",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_that_ships_is_valid(path):
+    recipe = load_recipe(path)
+    assert parse_recipe(to_dict(recipe), "round trip") == recipe
+
+
+def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("recipes/mnist.yaml").is_file() and recipe_path("teachers/mnist-edm.yaml").is_file()
+    with pytest.raises(FileNotFoundError, match="recipes that ship: .*mnist.yaml"):
+        recipe_path("recipes/minst.yaml")
+
+
+def test_a_recipe_inherits_from_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "objective: distillation\nteacher: mnist-edm\noutput_dir: a\nsigma_data: 0.5\nmax_train_steps: 5\n"
+        "train_batch_size: 4\nsample_shape: [1, 8, 8]\noptimizer: {name: adam, learning_rate: 1e-3}\n"
+    )
+    (tmp_path / "child.yaml").write_text("base: base.yaml\nmax_train_steps: 7\noptimizer: {learning_rate: 2e-4}\n")
+    recipe = load_recipe(tmp_path / "child.yaml")
+    assert (recipe.max_train_steps, recipe.optimizer.name, recipe.optimizer.learning_rate) == (7, "adam", 2e-4)
+
+
+def test_overrides_reach_inside_sections():
+    overrides = parse_overrides(["optimizer.learning_rate=1e-5", "max_train_steps=3", "guidance_scale=[1, 2.5]"])
+    recipe = load_recipe("mnist.yaml", overrides)
+    assert (recipe.optimizer.learning_rate, recipe.max_train_steps, recipe.guidance_scale) == (1e-5, 3, [1.0, 2.5])
+    with pytest.raises(ValueError, match="must look like key=value"):
+        parse_overrides(["max_train_steps"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"max_train_step": 5}, "unknown key max_train_step; did you mean max_train_steps?"),
+        ({"optimizer": {"learningrate": 1}}, "unknown key optimizer.learningrate; did you mean optimizer.learning_rate?"),
+        ({"max_train_steps": "many"}, "max_train_steps must be int, got 'many'"),
+        ({"max_train_steps": 1.5}, "max_train_steps must be int"),
+        ({"adaptive_weighting": 1}, "adaptive_weighting must be bool"),
+        ({"sample_shape": [1, "a", 8]}, r"sample_shape\[1\] must be int"),
+        ({"sigma_data": -1.0}, "sigma_data must be positive"),
+        ({"objective": "vsd"}, "objective is 'vsd'; allowed: diffusion, distillation, training"),
+        ({"tangent": {"normalization": "max"}}, "allowed: rms, l2, clip, none"),
+        ({"tangent": 3}, "tangent must be a mapping"),
+        ({"ema": [{"half_life_images": 5, "sigma_rel": 0.1}]}, "exactly one of half_life_images and sigma_rel"),
+        ({"ema": []}, "at least one entry"),
+        ({"guidance_scale": [2.0, 1.0]}, "number or"),
+        ({"objective": "diffusion"}, "needs the key network"),
+        ({"teacher": None}, "needs the key teacher"),
+        ({"evaluation": {"num_inference_steps": [0]}}, "must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_recipe({**MINIMAL, **change}, "recipe.yaml")
+    assert str(error.value).startswith("recipe.yaml: ") and "\n" not in str(error.value)
+
+
+def test_missing_keys_and_broken_files(tmp_path):
+    with pytest.raises(ValueError, match="the key sigma_data is missing"):
+        parse_recipe({k: v for k, v in MINIMAL.items() if k != "sigma_data"}, "r")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1,\nb")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("!!python/object/apply:os.system [echo]")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ValueError, match="must hold a mapping"):
+        load_recipe(broken)

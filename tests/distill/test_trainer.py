@@ -1,0 +1,222 @@
+"""The trainer through its public face: exact resume, signals, bad numbers, full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+
+import teachers
+from distill import checkpoint as ckpt
+from distill.ema import EMA, power_exponent
+from distill.recipe import parse_recipe, to_dict
+from distill.trainer import Trainer, TrainingError, learning_rate
+
+
+@pytest.fixture
+def world(make_teacher, tmp_path):
+    """A teacher on disk, a data set that fits it, and a recipe as plain values."""
+    teachers.save_pretrained(make_teacher("SongUNet"), tmp_path / "teacher", "teacher")
+    generator = torch.Generator().manual_seed(0)
+    pixels = (torch.randn(64, 8, 8, generator=generator) * 68 + 127).clamp(0, 255).byte().numpy()
+    features = Features({"image": Image(), "label": Value("int64")})
+    rows = Dataset.from_dict({"image": list(pixels), "label": [i % 3 for i in range(64)]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    values = dict(
+        objective="distillation", teacher=str(tmp_path / "teacher"), output_dir=str(tmp_path / "run"), sigma_data=0.5,
+        sample_shape=[1, 8, 8], num_classes=3, data={"source": str(tmp_path / "train.parquet")}, max_train_steps=6,
+        train_batch_size=8, dropout=0.1, checkpointing_steps=2, logging_steps=1, validation_steps=3,
+        tangent={"warmup_steps": 4}, optimizer={"learning_rate": 1e-3}, gradient_accumulation_steps=2,
+        ema=[{"half_life_images": 50}, {"sigma_rel": 0.1}],
+    )  # fmt: skip
+    return tmp_path, values
+
+
+def run(values, **changes):
+    trainer = Trainer(parse_recipe({**values, **changes}, "test"))
+    trainer.train()
+    return trainer
+
+
+def weights(trainer):
+    return [v.clone() for name in sorted(trainer.modules()) for v in trainer.modules()[name].state_dict().values()]
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+@pytest.mark.parametrize("objective", ["distillation", "training", "discrete"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, objective):
+    folder, values = world
+    values |= {"discrete_steps": 16} if objective == "discrete" else {"objective": objective}
+    whole = run(values, output_dir=str(folder / "whole"))
+    parts = parse_recipe({**values, "output_dir": str(folder / "parts")}, "test")
+    first = Trainer(parts)
+    original = first.train_step
+
+    def step_then_stop(*args):
+        original(*args)
+        first.stop_requested = first.step == 3
+
+    first.train_step = step_then_stop
+    with pytest.raises(SystemExit) as stop:
+        first.train()
+    assert stop.value.code == 0 and not equal(first, whole)
+    parts.resume_from_checkpoint = "latest"
+    second = Trainer(parts)
+    second.train()
+    assert equal(second, whole)
+    lines = [json.loads(line) for line in (folder / "parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_leaves_behind(world):
+    folder, values = world
+    trainer = run(values)
+    names = sorted(p.name for p in (folder / "run").iterdir())
+    assert names == ["checkpoint-4", "checkpoint-6", "curves.png", "metrics.jsonl", "recipe.yaml", "samples"]
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "loss" in line)
+    assert {"loss", "tangent_norm", "grad_norm", "lr", "images_per_second", "nonfinite_steps"} <= logged.keys()
+    assert [line["step"] for line in lines if "endpoint_error/0.3" in line] == [0, 3, 6]
+    assert not equal_modules(trainer.network, trainer.student)
+
+
+def equal_modules(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
+    _, values = world
+    trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
+    before = weights(trainer)
+    original = trainer.objective.__class__.__call__
+
+    def broken(self, *args):
+        result = original(self, *args)
+        return result._replace(loss=result.loss * float("nan"))
+
+    trainer.objective.__class__ = type("Broken", (trainer.objective.__class__,), {"__call__": broken})
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
+        trainer.train()
+    assert trainer.nonfinite["total"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(world):
+    folder, values = world
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(to_dict(parse_recipe({**values, "max_train_steps": 100_000}, "test"))))
+    root = str(Path(__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, "-m", "distill.run", str(recipe), "validation_steps=100000"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if ckpt.checkpoints(folder / "run") or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "continue with resume_from_checkpoint=latest" in output and "Traceback" not in output
+    assert not list((folder / "run").glob(".checkpoint*"))
+
+
+def test_a_failed_save_keeps_the_earlier_checkpoint(world, monkeypatch):
+    folder, values = world
+    trainer = run(values, max_train_steps=2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer.step = 4
+    with pytest.raises(OSError, match="No space left.*earlier checkpoints are intact"):
+        trainer.save()
+    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
+    assert not list((folder / "run").glob(".checkpoint*"))
+
+
+def test_a_damaged_checkpoint_is_one_sentence(world):
+    folder, values = world
+    run(values, max_train_steps=2)
+    file = folder / "run/checkpoint-2/network.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        run(values, resume_from_checkpoint="latest")
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint; in this run: .*checkpoint-2"):
+        run(values, resume_from_checkpoint=str(folder / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sigma_data": 0.8}, "has sigma_data 0.5, the recipe says 0.8"),
+        ({"sample_shape": [1, 28, 28]}, "has sample_shape"),
+        ({"data": "mnist"}, "have shape .1, 28, 28., the recipe and its model want"),
+        ({"data": {"source": "/nowhere.parquet"}}, "does not exist"),
+        ({"train_batch_size": 65}, "64 images are fewer than one batch of 65"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(world, change, message):
+    _, values = world
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(values, **change)
+
+
+def test_sigma_data_is_measured(world, make_teacher):
+    folder, values = world
+    teachers.save_pretrained(make_teacher("SongUNet", sigma_data=0.6), folder / "wide", "teacher")
+    with pytest.raises(ValueError, match="sigma_data is 0.6 in the recipe but 0.4.* measured"):
+        run(values, teacher=str(folder / "wide"), sigma_data=0.6)
+
+
+def test_data_from_the_teacher_is_drawn_once(world):
+    folder, values = world
+    data = {"source": "teacher", "num_teacher_samples": 32, "teacher_steps": 3}
+    a = run(values, data=data)
+    cached = list((folder / "run/cache").iterdir())
+    assert len(cached) == 1
+    changed = cached[0].stat().st_mtime_ns
+    b = run(values, data=data)
+    assert cached[0].stat().st_mtime_ns == changed and equal(a, b)
+
+
+def test_ema_profiles():
+    assert abs(power_exponent(0.05) - 16.97) < 0.01 and abs(power_exponent(0.10) - 6.94) < 0.01
+    with pytest.raises(ValueError, match="sigma_rel must be in"):
+        power_exponent(0.5)
+    network = torch.nn.Linear(1, 1)
+    power, half = EMA(network, sigma_rel=0.1), EMA(network, half_life_images=100)
+    history = []
+    for step in range(1, 401):
+        network.weight.data.fill_(step / 400)
+        history.append(step / 400)
+        power.update(network, step * 10, 10)
+        half.update(network, step * 10, 10)
+    tau = torch.tensor(history, dtype=torch.float64)
+    profile = tau ** power_exponent(0.1)
+    expected = (profile * tau).sum() / profile.sum()
+    assert abs(power.network.weight.item() - expected) < 2e-3
+    decay = 0.5 ** (10 / 100)
+    steps = torch.arange(400, dtype=torch.float64)
+    expected = ((1 - decay) * decay**steps * tau.flip(0)).sum()
+    assert abs(half.network.weight.item() - expected) < 2e-3
+
+
+def test_learning_rate_schedules(world):
+    _, values = world
+    config = parse_recipe({**values, "optimizer": {"learning_rate": 1.0, "lr_warmup_steps": 4}}, "t").optimizer
+    assert [learning_rate(config, s, 10) for s in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    config.lr_scheduler, config.lr_warmup_steps = "inverse_sqrt", 0
+    config.lr_reference_steps = 100
+    assert learning_rate(config, 50, 1000) == 1.0 and learning_rate(config, 400, 1000) == 0.5
+    config.lr_scheduler = "linear"
+    assert learning_rate(config, 5, 10) == 0.5
