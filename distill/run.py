@@ -15,7 +15,6 @@ import torch
 from distill import visual
 from distill.data import load_images
 from distill.evaluation import build_reference, evaluate, format_table
-from distill.export import export
 from distill.model import Model, from_pretrained
 from distill.recipe import Recipe, load_recipe, parse_overrides
 from distill.trainer import Trainer, TrainingError, build_student, build_teacher, save_student
@@ -115,7 +114,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with the package")
     parser.add_argument("overrides", nargs="*", help="recipe values as key=value; dots reach inside sections")
     parser.add_argument("--check", action="store_true", help="validate everything in seconds, train nothing")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from distill import trigflow
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers import Teacher
 
+
 class SampleNoise:
     """A noise stream for every sample: the ``k``-th call gives each sample the ``k``-th draw of its own generator."""
 

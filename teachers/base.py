@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from teachers.networks import build
+from teachers.networks import build, is_registered
 from teachers.parameterization import Parameterization
 
 
@@ -71,8 +71,12 @@ class Teacher(nn.Module):
 
         ``guidance`` ``(B,)`` holds one guidance scale per sample, in place of ``guidance_scale``: a network with a
         guidance input is asked for that scale in one evaluation, any other one is guided with it classifier-free.
+
+        Raises:
+            ValueError: samples of another shape, guidance without classes or labels, a network whose result has
+                another shape than its input.
         """
-        if self.num_classes is None or self.accepts_guidance:
+        if self.accepts_guidance:
             return self.evaluate(x_t, t, labels, guidance)
         if guidance is None and self.guidance_scale == 1.0:
             return self.evaluate(x_t, t, labels)
@@ -82,6 +86,9 @@ class Teacher(nn.Module):
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
         """One evaluation of the native network, without classifier-free guidance."""
+        if tuple(x_t.shape[1:]) != self.sample_shape:
+            got, own = tuple(x_t.shape[1:]), self.sample_shape
+            raise ValueError(f"samples have shape {got}, but {self.source or 'this model'} takes {own}")
         # fp64 on B numbers is free and keeps log tan t and its derivative exact up to the ends of the interval.
         t = t.double()
         c = self.parameterization.coefficients(t, self.sigma_data)
@@ -89,13 +96,19 @@ class Teacher(nn.Module):
         time = c.time if x_t.dtype == torch.float64 else c.time.float()
         condition = {"guidance": guidance.to(time.dtype)} if guidance is not None else {}
         args = () if self.num_classes is None else (self.native_labels(labels, len(x_t), x_t.device),)
-        u = self.native(x_t * scale, time, *args, **condition).to(x_t.dtype)
-        return self.parameterization.to_trigflow(u, x_t, t, c, self.sigma_data)
+        u = self.native(x_t * scale, time, *args, **condition)
+        if not torch.is_tensor(u) or u.shape != x_t.shape:
+            got = tuple(u.shape) if torch.is_tensor(u) else type(u).__name__
+            name = type(self.native).__name__
+            raise ValueError(f"{name} must return a tensor of its input's shape {tuple(x_t.shape)}, got {got}")
+        return self.parameterization.to_trigflow(u.to(x_t.dtype), x_t, t, c, self.sigma_data)
 
     def guided(self, x_t: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor) -> Tensor:
         """Classifier-free guidance at scales ``(B,)``: both conditions in one batch, combined on ``F`` (guidance
         commutes with the affine map).
         """
+        if self.num_classes is None:
+            raise ValueError(f"{self.source or 'this model'} is unconditional and cannot be guided")
         if labels is None:
             raise ValueError("classifier-free guidance needs labels, got none")
         null = torch.full_like(labels, self.num_classes)
@@ -119,20 +132,26 @@ class Teacher(nn.Module):
             raise ValueError(f"{self.source or 'this model'} is unconditional and takes no labels")
         bad = labels[(labels < 0) | (labels > self.num_classes)]
         if len(bad):
-            raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {self.num_classes - 1}")
+            last = self.num_classes - 1
+            raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {last}")
 
     def student(self, guidance_embedding: bool = False) -> "Teacher":
-        """A trainable copy with the same convention, without classifier-free guidance.
+        """A trainable copy with the same convention, without classifier-free guidance, sharing nothing.
 
-        With ``guidance_embedding`` the native network is rebuilt with its zero-initialised guidance input.
+        With ``guidance_embedding`` the native network is rebuilt with its zero-initialised guidance input. A frozen
+        teacher's copy trains again, except for what its network never trains (position tables).
+
+        Raises:
+            ValueError: ``guidance_embedding`` for a network that is not one of ours.
         """
-        twin = copy.copy(self)
-        twin._modules = dict(self._modules)
-        twin.native = copy.deepcopy(self.native)
-        if guidance_embedding and not self.accepts_guidance:
-            twin.native = with_guidance_embedding(self.native)
-        twin.guidance_scale, twin.guidance_interval = 1.0, None
-        return twin
+        wider = guidance_embedding and not self.accepts_guidance
+        native = with_guidance_embedding(self.native) if wider else copy.deepcopy(self.native)
+        unfreeze(native)
+        twin = Teacher(
+            native, self.parameterization, self.sigma_data, self.sample_shape, self.num_classes, self.label_format,
+            source=self.source,
+        )  # fmt: skip
+        return twin.train(self.training)
 
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
@@ -149,21 +168,32 @@ def with_guidance_embedding(native: nn.Module) -> nn.Module:
     """``native`` rebuilt with a zero-initialised guidance-scale input (sCM, section 5.2).
 
     Raises:
-        ValueError: if its class records no ``config`` to rebuild it from.
+        ValueError: for a network that is not one of ours, which cannot be rebuilt.
     """
-    if not hasattr(native, "config"):
+    if not is_registered(native):
         raise ValueError(f"{type(native).__name__} has no guidance input; distil it at a fixed guidance_scale instead")
-    wider = build(type(native).__name__, {**native.config, "guidance_embedding": True})
-    weights = {**wider.state_dict(), **native.state_dict()}
-    wider.load_state_dict(weights)
     parameter = next(native.parameters())
-    return wider.to(parameter.device, parameter.dtype)
+    wider = build(type(native).__name__, {**native.config, "guidance_embedding": True})
+    wider.to(parameter.device, parameter.dtype)
+    wider.load_state_dict({**wider.state_dict(), **native.state_dict()})
+    return wider
+
+
+def unfreeze(native: nn.Module) -> None:
+    """Make trainable again what a network of ours trains when built; all of a foreign one that is frozen whole."""
+    if is_registered(native):
+        with torch.device("meta"):
+            built = build(type(native).__name__, native.config)
+        for p, reference in zip(native.parameters(), built.parameters(), strict=True):
+            p.requires_grad_(reference.requires_grad)
+    elif not any(p.requires_grad for p in native.parameters()):
+        native.requires_grad_(True)
 
 
 LABEL_FORMATS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "index": lambda labels, num_classes: labels,
     # One extra column for the null class, cut off again: null becomes all zeros.
-    "one_hot": lambda labels, num_classes: nnf.one_hot(labels, num_classes + 1)[:, :num_classes].float(),
+    "one_hot": lambda labels, num_classes: nnf.one_hot(labels.long(), num_classes + 1)[:, :num_classes].float(),
 }
 
 

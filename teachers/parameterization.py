@@ -2,15 +2,17 @@
 
 A teacher noises data as ``y = alpha x0 + sigma eps``, ``eps ~ N(0, I)``, feeds ``y`` (perhaps scaled) and some time
 signal to its network, and trains the output towards ``u = a x0 + b eps``. At the TrigFlow time ``t`` of equal
-signal-to-noise ratio, ``tan t = sigma / (alpha sigma_data)``, write ``(alpha, sigma) = k (cos t, sigma_data sin t)``. Then
+signal-to-noise ratio, ``tan t = sigma / (alpha sigma_data)``, write ``(alpha, sigma) = k (cos t, sigma_data sin t)``.
+Then
 
     y = k x_t        and        F = (u - (a cos t + b sin t / sigma_data) x_t) / (b cos t - a sigma_data sin t).
 
-Nothing is divided by ``sin t`` or ``cos t`` except where the prediction itself loses the information (an eps-prediction
-at ``pi/2``, an x0-prediction at 0). ``sigma_data`` is the student's; a teacher's own may differ (EDM).
+Nothing is divided by ``sin t`` or ``cos t`` except where the prediction itself loses the information (an
+eps-prediction at ``pi/2``, an x0-prediction at 0). ``sigma_data`` is the student's; a teacher's own may differ (EDM).
 Source: arXiv 2410.11081 appendix B and equations 29 to 34; the single formula is derived in ``docs/method.md``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -41,8 +43,9 @@ class Parameterization:
         prediction: the network's output. ``edm``: ``"raw"`` (the U-Net inside EDM's preconditioning) or ``"x0"`` (the
             whole denoiser ``D(y, sigma)``); ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``;
             ``flow``: ``"velocity"`` (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
-        time: the time signal. ``edm``: ``"log_sigma/4"`` or ``"sigma"``; ``vp``: ``"log_snr"`` or ``"t"``;
-            ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1 is data); ``trigflow``: ``"t"``.
+        time: the time signal. ``edm``: ``"log_sigma/4"`` or ``"sigma"``; ``vp``: ``"log_snr"``
+            (``log(alpha^2 / sigma^2)``) or ``"t"`` (the angle ``arctan(sigma / alpha)``); ``flow``: ``"s"`` (1 is
+            noise) or ``"1-s"`` (1 is data); ``trigflow``: ``"t"``.
         time_scale: factor on the time signal (1000 for SD3, Flux, Wan).
         teacher_sigma_data: ``sigma_data`` inside EDM's preconditioning; ``None`` means the student's. Only for
             ``edm`` with ``"raw"``.
@@ -62,12 +65,16 @@ class Parameterization:
             raise ValueError(f"parameterization family is {self.family!r}; allowed: {', '.join(PREDICTIONS)}")
         if self.prediction not in PREDICTIONS[self.family]:
             allowed = ", ".join(PREDICTIONS[self.family])
-            raise ValueError(f"prediction of a {self.family} teacher is {self.prediction!r}; allowed: {allowed}")
+            raise ValueError(f"prediction is {self.prediction!r}; family {self.family!r} allows: {allowed}")
         if self.time not in TIMES[self.family]:
             allowed = ", ".join(TIMES[self.family])
-            raise ValueError(f"time signal of a {self.family} teacher is {self.time!r}; allowed: {allowed}")
+            raise ValueError(f"time signal is {self.time!r}; family {self.family!r} allows: {allowed}")
         if self.teacher_sigma_data is not None and self.prediction != "raw":
             raise ValueError("teacher_sigma_data belongs to an edm teacher with prediction 'raw' only")
+        if self.teacher_sigma_data is not None and not self.teacher_sigma_data > 0:
+            raise ValueError(f"teacher_sigma_data must be positive, got {self.teacher_sigma_data}")
+        if not self.time_scale > 0:
+            raise ValueError(f"time_scale must be positive, got {self.time_scale}")
 
     def coefficients(self, t: Tensor, sigma_data: float) -> Coefficients:
         """The map at times ``t`` ``(B,)``, in the dtype of ``t`` (use fp64: it costs nothing on ``B`` numbers)."""
@@ -140,7 +147,7 @@ PREDICTIONS: dict[str, dict[str, Callable]] = {
 
 def _log_sigma(t: Tensor, sd: float) -> Tensor:
     t = t.clamp(TIME_MARGIN, torch.pi / 2 - TIME_MARGIN)
-    return t.sin().log() - t.cos().log() + torch.log(torch.tensor(sd, dtype=t.dtype, device=t.device))
+    return t.sin().log() - t.cos().log() + math.log(sd)
 
 
 def _flow_s(t: Tensor, sd: float) -> Tensor:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,14 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from teachers.base import Teacher
-from teachers.networks import build
+from teachers.base import LABEL_FORMATS, Teacher
+from teachers.networks import build, is_registered
 from teachers.parameterization import Parameterization
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT, VERSION = "scm-distill", 1
 WEIGHTS = "model.safetensors"
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
 
 def bundled() -> list[str]:
@@ -26,42 +28,78 @@ def bundled() -> list[str]:
 
 
 def resolve(source: str | Path) -> Path:
-    """The model folder behind a bundled name, a model folder, a run folder or an exported pipeline.
+    """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline.
+
+    A bundled name wins over a folder of the same name; write ``./name`` for the folder.
 
     Raises:
         FileNotFoundError: no such name or folder (with the nearest bundled name).
         ValueError: a folder or file that holds no model.
     """
+    return locate(source)[1]
+
+
+def locate(source: str | Path) -> tuple[str, Path]:
+    """What kind of thing ``source`` is, in words, and its model folder; see :func:`resolve`."""
     if str(source) in bundled():
-        return ZOO / str(source)
+        return "bundled model", ZOO / str(source)
     path = Path(source)
     if not path.exists():
-        near = difflib.get_close_matches(str(source), bundled(), n=1)
+        near = difflib.get_close_matches(str(source).lower(), bundled(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(bundled())}"
         raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
-    for folder in (path, path / "student", path / "network"):
+    if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json"):
+        path = path.parent
+    kinds = {"model folder": path, "run folder": path / "student", "exported pipeline": path / "network"}
+    for kind, folder in kinds.items():
         if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(f"{path} is not a model: expected a folder with config.json, a run folder or an exported pipeline")
+            return kind, folder
+    raise ValueError(
+        f"{path} is not a model: expected a folder with config.json, a finished run (student/) or an exported pipeline"
+    )
 
 
 def load_config(source: str | Path) -> dict:
-    """The checked ``config.json`` of a model; see :func:`save_pretrained` for its keys."""
+    """The checked ``config.json`` of a model; see :func:`save_pretrained` for its keys.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`resolve`, and for a config that is malformed or of another format.
+    """
     path = resolve(source) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
         raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config")
-    for key in ("role", "network", "network_config", "parameterization", "sigma_data", "sample_shape"):
+    for key, (wanted, valid) in CONFIG_KEYS.items():
         if key not in config:
             raise ValueError(f"{path} lacks the key {key!r}")
-    return config
+        if not valid(config[key]):
+            raise ValueError(f"{path}: {key} must be {wanted}, got {config[key]!r}")
+    # diffusers writes every optional key of an exported network, as null where it is unset.
+    return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
+
+
+def is_size(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+# What every config must hold: key -> (in words, the test).
+CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
+    "role": ("teacher or student", lambda v: v in ("teacher", "student")),
+    "network": ("a name", lambda v: isinstance(v, str)),
+    "network_config": ("a mapping", lambda v: isinstance(v, dict)),
+    "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
+    "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
+    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
+    "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
+    "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
+}
 
 
 def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Teacher:
-    """A pretrained teacher or student as a TrigFlow network, in eval mode.
+    """A pretrained teacher or student as a TrigFlow network in fp32, in eval mode; trainable as it was built.
 
     Args:
         source: a bundled name, a model folder, a run folder (its student), an exported pipeline, or a ``Teacher``,
@@ -73,45 +111,51 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """
     if isinstance(source, Teacher):
         return source
-    config = load_config(source)
-    native = build(config["network"], config["network_config"])
-    load_weights(native, resolve(source))
-    return teacher_from_config(native, config, str(source)).to(device).eval()
-
-
-def teacher_from_config(native: nn.Module, config: dict, source: str | None = None) -> Teacher:
-    return Teacher(
-        native,
-        Parameterization(**config["parameterization"]),
-        sigma_data=config["sigma_data"],
-        sample_shape=tuple(config["sample_shape"]),
-        num_classes=config.get("num_classes"),
-        label_format=config.get("label_format", "index"),
-        source=source,
-    )
+    config, folder = load_config(source), resolve(source)
+    try:
+        with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced
+            native = build(config["network"], config["network_config"])
+        convention = Parameterization(**config["parameterization"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    load_weights(native, folder)
+    model = Teacher(
+        native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
+        config["label_format"], source=str(source),
+    )  # fmt: skip
+    return model.to(device).eval()
 
 
 def load_weights(native: nn.Module, folder: Path) -> None:
-    if (folder / WEIGHTS).is_file():
-        path, prefix = folder / WEIGHTS, ""
-    elif (folder / PIPELINE_WEIGHTS).is_file():
-        path, prefix = folder / PIPELINE_WEIGHTS, "model.native."
-    else:
+    """Fill a network on the meta device from a model folder or the network folder of a pipeline."""
+    path = folder / (PIPELINE_WEIGHTS if (folder / PIPELINE_WEIGHTS).is_file() else WEIGHTS)
+    if not path.is_file():
         raise FileNotFoundError(f"{folder} has a config.json but no {WEIGHTS}")
     tensors = read_safetensors(path)
-    load_tensors(native, {key.removeprefix(prefix): value for key, value in tensors.items()}, str(path))
+    if path.name == PIPELINE_WEIGHTS:
+        tensors = {key.removeprefix(PIPELINE_PREFIX): value for key, value in tensors.items()}
+    check_tensors(native, tensors, str(path))
+    native.to_empty(device="cpu").load_state_dict(tensors)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file; a broken file is a ``ValueError`` of one sentence."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated or corrupt): {error}") from None
 
 
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Strict ``load_state_dict`` whose errors are one sentence."""
+    check_tensors(network, tensors, where)
+    network.load_state_dict(tensors)
+
+
+def check_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Raise ``ValueError`` unless ``tensors`` are exactly the network's, by name and shape."""
     expected = network.state_dict()
     problems = {
         "missing": sorted(expected.keys() - tensors.keys()),
@@ -124,7 +168,6 @@ def load_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) -> 
              for kind, keys in problems.items() if keys]  # fmt: skip
     if found:
         raise ValueError(f"{where} does not fit {type(network).__name__}: tensors {'; '.join(found)}")
-    network.load_state_dict(tensors)
 
 
 def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> None:
@@ -137,39 +180,48 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
 
     Raises:
         ValueError: for a network that is not one of ours and could not be rebuilt from a config.
+        OSError: for example a full disk; a model that was there before stays whole.
     """
     config = model_config(model, role, **extra)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.native.state_dict().items()}
+    tensors = {key: value.detach().cpu().float().contiguous() for key, value in model.native.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def model_config(model: Teacher, role: str, **extra) -> dict:
     """The ``config.json`` of a model; see :func:`save_pretrained`."""
-    if not hasattr(model.native, "config"):
-        raise ValueError(f"{type(model.native).__name__} is not a registered network; keep its state_dict yourself")
+    if not is_registered(model.native):
+        name = type(model.native).__name__
+        raise ValueError(f"{name} was not made by teachers.networks.build and cannot be saved as a model folder")
     facts = {"format": FORMAT, "version": VERSION, "role": role, "network": type(model.native).__name__}
     return {**facts, "network_config": model.native.config, **model.metadata(), **extra}
 
 
 def write_atomically(path: Path, write) -> None:
-    """``write(temporary_path)``, then rename over ``path``: a reader sees the old file or the new one, whole."""
+    """``write(temporary_path)``, then rename over ``path``: a reader sees the old file or the new one, whole.
+
+    Raises:
+        OSError: it could not be written; ``path`` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def inspect(source: str | Path) -> dict:
     """What ``distill teachers inspect`` prints: plain facts about a model."""
-    model, config, folder = load(source), load_config(source), resolve(source)
+    model, config, (kind, folder) = load(source), load_config(source), locate(source)
     return {
         "source": str(source),
+        "kind": kind,
         "role": config["role"],
         "network": config["network"],
         "parameters": sum(p.numel() for p in model.native.parameters()),

@@ -14,17 +14,24 @@ def build(name: str, config: dict) -> nn.Module:
     """A registered network from its constructor arguments, which it keeps as ``.config``.
 
     Raises:
-        ValueError: an unknown network, or an argument it does not take.
+        ValueError: an unknown network, or an argument it does not take or cannot use; one sentence.
     """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}")
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} needs a mapping of constructor arguments, got {config!r}")
     arguments = inspect.signature(NETWORKS[name]).parameters
     for key in config:
         if key not in arguments:
             raise ValueError(f"{name} has no argument {key!r}; it takes: {', '.join(arguments)}")
     try:
         network = NETWORKS[name](**config)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be built from its config: {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{name} cannot be built from its config: {str(error).splitlines()[0]}") from error
     network.config = dict(config)
     return network
+
+
+def is_registered(network: nn.Module) -> bool:
+    """Whether ``network`` came from :func:`build`, so that it can be saved and built again."""
+    return type(network) in NETWORKS.values() and hasattr(network, "config")

@@ -37,7 +37,9 @@ class Linear(TimeLinear):
 class Conv2d(nn.Module):
     """Convolution with optional 2x resampling by a fixed separable filter; ``kernel=0`` resamples only."""
 
-    def __init__(self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), init_scale=1.0):
+    def __init__(
+        self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), init_scale=1.0
+    ):  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
         self.up, self.down = up, down
@@ -141,7 +143,7 @@ class SongUNet(nn.Module):
         super().__init__()
         self.stride = 2 ** (len(channel_mult) - 1)
         if img_resolution % self.stride:
-            raise ValueError(f"img_resolution {img_resolution} is not a multiple of {self.stride} (2 ** downsamplings)")
+            raise ValueError(f"img_resolution {img_resolution} is not a multiple of {self.stride}, its downsampling")
         self.label_dim = label_dim
         emb_channels = model_channels * channel_mult_emb
         block = dict(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter)

@@ -54,13 +54,79 @@ def test_student_is_an_unguided_copy(teacher):
     for p in student.parameters():
         p.data.add_(1.0)
     torch.testing.assert_close(teacher(X, T, Y), before)
-    assert student.guidance_scale == 1.0 and student.sigma_data == teacher.sigma_data
+    assert student.guidance_scale == 1.0 and student.metadata() == teacher.metadata()
+    student.register_forward_hook(lambda *_: torch.zeros(1))
+    assert not teacher._forward_hooks
 
 
 def test_position_table_is_never_trained(make_teacher):
     student = make_teacher("SiT").student()
     trained = {name for name, p in student.native.named_parameters() if p.requires_grad}
     assert "pos_embed" not in trained and "blocks.0.attn.qkv.weight" in trained
+
+
+@pytest.mark.parametrize("guidance_embedding", [False, True])
+def test_student_of_a_frozen_teacher_trains(make_teacher, guidance_embedding):
+    teacher = make_teacher("SiT").requires_grad_(False)
+    student = teacher.student(guidance_embedding)
+    frozen = {name for name, p in student.native.named_parameters() if not p.requires_grad}
+    assert frozen == {"pos_embed"} and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_student_of_a_frozen_foreign_network_trains():
+    foreign = torch.nn.Conv2d(1, 1, 1)
+    foreign.bias.requires_grad_(False)
+    teacher = teachers.wrap(foreign, teachers.TRIGFLOW, 0.5, (1, 8, 8))
+    assert [p.requires_grad for p in teacher.student().parameters()] == [True, False]
+    assert all(p.requires_grad for p in teacher.requires_grad_(False).student().parameters())
+    with pytest.raises(ValueError, match="Conv2d has no guidance input"):
+        teacher.student(guidance_embedding=True)
+
+
+def test_guidance_input_keeps_fp64_weights(make_teacher):
+    teacher = make_teacher("SiT").double()
+    student, x = teacher.student(guidance_embedding=True), X.double()
+    assert torch.equal(student(x, T, Y, torch.ones(2)), teacher(x, T, Y))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(teacher, dtype):
+    """As an exported pipeline loaded with ``dtype``; the time path stays in fp32."""
+    exact = teacher(X, T, Y)
+    got = teacher.to(dtype)(X.to(dtype), T, Y)
+    assert got.dtype == dtype
+    assert ((got.float() - exact).norm() / exact.norm()).item() < 0.03
+
+
+def test_time_is_not_rounded_to_the_precision_of_samples(teacher):
+    # 1.2 and 1.201 are the same bf16 number.
+    seen = []
+    hook = teacher.native.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    teacher.to(torch.bfloat16)(X.bfloat16(), torch.tensor([1.2, 1.201]), Y)
+    hook.remove()
+    assert seen[0].dtype == torch.float32 and seen[0][0] != seen[0][1]
+
+
+def test_samples_of_another_shape_are_refused(teacher):
+    with pytest.raises(ValueError, match=r"samples have shape \(1, 9, 9\), but this model takes \(1, 8, 8\)"):
+        teacher(torch.randn(2, 1, 9, 9), T, Y)
+
+
+class LearnedSigma(torch.nn.Module):
+    def forward(self, x, time):
+        return torch.cat([x, x], 1)
+
+
+class Tuple(torch.nn.Module):
+    def forward(self, x, time):
+        return (x,)
+
+
+@pytest.mark.parametrize("native, got", [(LearnedSigma(), r"\(2, 2, 8, 8\)"), (Tuple(), "tuple")])
+def test_network_outputs_of_another_shape_are_refused(native, got):
+    teacher = teachers.wrap(native, teachers.EDM, 0.5, (1, 8, 8))
+    with pytest.raises(ValueError, match=rf"must return a tensor of its input's shape \(2, 1, 8, 8\), got {got}"):
+        teacher(X, T)
 
 
 def test_any_module_in_one_line():
@@ -70,8 +136,11 @@ def test_any_module_in_one_line():
 
     teacher = teachers.wrap(Zero(), teachers.TRIGFLOW, 0.5, (1, 8, 8))
     assert teacher(X, T).abs().max() == 0
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="unconditional and takes no labels"):
         teacher.check_labels(torch.tensor([0]))
+    teacher.guidance_scale = 2.0
+    with pytest.raises(ValueError, match="unconditional and cannot be guided"):
+        teacher(X, T)
 
 
 def test_bad_arguments_are_refused():

@@ -4,9 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from teachers.networks import SiT, SongUNet, build
+from teachers.networks import SiT, SongUNet, build, is_registered
 from teachers.networks.layers import GroupNorm
 from teachers.networks.song_unet import Conv2d
+
+UNET = dict(
+    img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+    attn_resolutions=[4],
+)  # fmt: skip
 
 
 def count(network) -> int:
@@ -36,11 +41,16 @@ def test_tensor_names_are_those_of_released_checkpoints():
         unet = SongUNet(32, 3, 3, augment_dim=9, channel_mult=(2, 2, 2)).state_dict()
         sit = SiT().state_dict()
     for name in (
-        "map_augment.weight", "map_layer0.weight", "map_layer1.bias", "enc.32x32_conv.weight", "enc.32x32_block0.skip.bias",
-        "enc.16x16_down.conv0.resample_filter", "enc.16x16_block3.qkv.weight", "dec.8x8_in0.proj.bias",
-        "dec.8x8_in1.affine.weight", "dec.32x32_up.skip.weight", "dec.32x32_aux_norm.weight", "dec.32x32_aux_conv.bias",
+        "map_augment.weight", "map_layer0.weight", "map_layer1.bias", "enc.32x32_conv.weight",
+        "enc.32x32_block0.skip.bias", "enc.16x16_down.conv0.resample_filter", "enc.16x16_block3.qkv.weight",
+        "dec.8x8_in0.proj.bias", "dec.8x8_in1.affine.weight", "dec.32x32_up.skip.weight",
+        "dec.32x32_aux_norm.weight", "dec.32x32_aux_conv.bias",
+        "enc.8x8_down.norm1.weight", "dec.16x16_block4.norm2.bias", "enc.16x16_block0.conv1.weight",
     ):  # fmt: skip
         assert name in unet
+    assert not any(name.startswith(("map_label", "map_noise", "map_guidance")) for name in unet)
+    assert unet["enc.16x16_block0.qkv.weight"].shape == (3 * 256, 256, 1, 1)
+    assert "dec.16x16_block3.qkv.weight" not in unet  # attention in the last block of a decoder level only
     for name in (
         "pos_embed", "x_embedder.proj.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.bias",
         "blocks.27.attn.qkv.bias", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.bias",
@@ -56,45 +66,123 @@ def test_output_has_the_shape_of_the_input(teacher):
     assert teacher(x, torch.tensor([0.1, 1.5]), torch.tensor([0, 2])).shape == x.shape
 
 
+@pytest.mark.parametrize("size", [9, 12])
+@pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
+def test_sizes_that_do_not_fit_are_one_sentence(make_teacher, kind, size):
+    native = make_teacher(kind).native
+    if kind == "SongUNet" and size == 12:  # a convolutional network takes every multiple
+        assert native(torch.randn(1, 1, 12, 12), torch.zeros(1)).shape == (1, 1, 12, 12)
+        return
+    with pytest.raises(ValueError, match=r"height and width must be .*, got \("):
+        native(torch.randn(1, 1, size, size), torch.zeros(1))
+
+
+def test_null_class_of_song_unet_is_zeros(make_teacher):
+    teacher = make_teacher("SongUNet")
+    native, x, time = teacher.native, torch.randn(2, 1, 8, 8), torch.zeros(2)
+    torch.testing.assert_close(teacher.native_labels(torch.tensor([2, 3]), 2, "cpu"), torch.eye(4)[[2, 3], :3])
+    torch.testing.assert_close(native(x, time), native(x, time, torch.zeros(2, 3)))
+    assert (native(x, time) - native(x, time, torch.eye(3)[:2])).abs().max() > 1e-4
+
+
+def test_null_class_of_sit_is_the_row_after_the_last(make_teacher):
+    teacher = make_teacher("SiT")
+    native, x, time = teacher.native, torch.randn(2, 1, 8, 8), torch.zeros(2)
+    assert native.y_embedder.embedding_table.num_embeddings == 4
+    torch.testing.assert_close(native(x, time), native(x, time, torch.tensor([3, 3])))
+    native.y_embedder.embedding_table.weight.data[3] += 1
+    assert (native(x, time) - native(x, time, torch.tensor([0, 1]))).abs().max() > 1e-4
+    assert SiT(8, 2, 1, 16, 1, 2, num_classes=3, class_dropout_prob=0).y_embedder.embedding_table.num_embeddings == 3
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
+def test_labels_are_never_dropped_by_the_network(make_teacher, kind):
+    key = "label_dropout" if kind == "SongUNet" else "class_dropout_prob"
+    teacher = make_teacher(kind, **{key: 0.9}).train()
+    x, t, y = torch.randn(1, 1, 8, 8).expand(16, -1, -1, -1), torch.full((16,), 0.5), torch.ones(16, dtype=torch.long)
+    out = teacher(x, t, y)
+    torch.testing.assert_close(out, out[:1].expand_as(out))
+
+
 @pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
 def test_guidance_input_starts_without_effect(make_teacher, kind):
     teacher = make_teacher(kind)
     student = teacher.student(guidance_embedding=True)
-    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 1.2]), torch.tensor([0, 1])
+    x, t, y, w = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 1.2]), torch.tensor([0, 1]), torch.tensor([1.0, 3.0])
     assert student.accepts_guidance and not teacher.accepts_guidance
-    torch.testing.assert_close(student(x, t, y, torch.tensor([1.0, 3.0])), teacher(x, t, y))
+    torch.testing.assert_close(student(x, t, y, w), teacher(x, t, y))
+    for name, p in student.native.named_parameters():
+        p.data += 0.1 * ("map_guidance" in name or "g_embedder" in name)
+    assert (student(x, t, y, w) - student(x, t, y, w + 1)).abs().max() > 1e-5  # and it is heard once trained
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_box_resampling_equals_its_convolution(direction):
     layer = Conv2d(6, 6, 0, **{direction: True})
     x = torch.randn(2, 6, 8, 8)
-    taps = layer.resample_filter.expand(6, 1, -1, -1)
-    slow = F.conv_transpose2d(x, 4 * taps, stride=2, groups=6) if layer.up else F.conv2d(x, taps, stride=2, groups=6)
-    torch.testing.assert_close(layer(x), slow)
+    fast = layer(x)
+    layer.box = False
+    torch.testing.assert_close(fast, layer(x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_group_norm_tangent_is_that_of_torch(memory_format):
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_resampling_by_a_longer_filter(direction):
+    """NCSN++'s filter keeps constants (inside), halves or doubles the size, and is differentiable."""
+    layer = Conv2d(2, 2, 0, **{direction: True}, resample_filter=(1, 3, 3, 1))
+    out = layer(torch.full((1, 2, 8, 8), 3.0))
+    size = 16 if direction == "up" else 4
+    assert out.shape == (1, 2, size, size)
+    torch.testing.assert_close(out[:, :, 1:-1, 1:-1], torch.full((1, 2, size - 2, size - 2), 3.0))
+
+
+def random_group_norm():
     torch.manual_seed(0)
     norm = GroupNorm(4, 8).double()
     norm.weight.data.normal_(), norm.bias.data.normal_()
-    x, v = torch.randn(2, 3, 8, 5, 5, dtype=torch.float64)
     plain = lambda x: F.group_norm(x, 4, norm.weight, norm.bias, norm.eps)  # noqa: E731
+    return norm, plain, *torch.randn(2, 3, 8, 5, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_tangent_is_that_of_torch(memory_format, grad):
+    norm, plain, x, v = random_group_norm()
     expected = torch.func.jvp(plain, (x,), (v,))
     x, v = x.contiguous(memory_format=memory_format), v.contiguous(memory_format=memory_format)
-    got = torch.func.jvp(norm, (x,), (v,))
+    with torch.set_grad_enabled(grad):
+        got = torch.func.jvp(norm, (x,), (v,))
+    assert got[1].requires_grad == grad
     torch.testing.assert_close(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1])
     h = 1e-6
     torch.testing.assert_close(got[1], (norm(x + h * v) - norm(x - h * v)) / (2 * h), rtol=1e-6, atol=1e-7)
 
 
+def test_group_norm_tangent_has_the_gradient_of_torch():
+    norm, plain, x, v = random_group_norm()
+    gradients = []
+    for function in (norm, plain):
+        x = x.detach().requires_grad_()
+        y, tangent = torch.func.jvp(function, (x,), (v,))
+        loss = y.cos().sum() + tangent.sin().sum()
+        gradients.append(torch.autograd.grad(loss, [x, norm.weight, norm.bias]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_group_norm_keeps_dtypes_under_autocast():
+    norm = GroupNorm(4, 8)
+    x, v = torch.randn(2, 3, 8, 5, 5).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.func.jvp(norm, (x,), (v,))
+    assert [o.dtype for o in out] == [torch.bfloat16] * 2
+    exact = F.group_norm(x.float(), 4, norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(out[0].float(), exact, rtol=1e-2, atol=1e-2)
+
+
 def test_attention_splits_its_channels_like_the_released_weights():
     """Released order of the 3C outputs is (heads, C / heads, 3)."""
     torch.manual_seed(0)
-    block = build("SongUNet", dict(img_resolution=4, in_channels=1, out_channels=1, model_channels=16, channel_mult=[1],
-                                   num_blocks=1, attn_resolutions=[4])).enc["4x4_block0"]  # fmt: skip
+    block = build("SongUNet", {**UNET, "attn_resolutions": [8]}).enc["8x8_block0"]
     x = torch.randn(2, 16, 4, 4)
     torch.nn.init.normal_(block.proj.weight)
     q, k, v = block.qkv(x).reshape(2, 16, 3, 16).unbind(2)
@@ -105,8 +193,7 @@ def test_attention_splits_its_channels_like_the_released_weights():
 
 def test_sit_patches_come_back_where_they_were():
     """Token (row, column), offsets (p, q), channel fastest."""
-    sit = build("SiT", dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=0,
-                            learn_sigma=False))  # fmt: skip
+    sit = SiT(4, 2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=0, learn_sigma=False)
     image = torch.arange(16.0).view(1, 1, 4, 4)
     patches = image.unfold(2, 2, 2).unfold(3, 2, 2).reshape(1, 4, 4)
     torch.testing.assert_close(sit.unpatchify(patches), image)
@@ -117,10 +204,28 @@ def test_sit_patches_come_back_where_they_were():
     [
         ("UNet", {}, "network is 'UNet'; allowed: SongUNet, SiT"),
         ("SiT", {"hiden_size": 8}, "SiT has no argument 'hiden_size'"),
-        ("SongUNet", {}, "SongUNet cannot be built"),
-        ("SiT", {"input_size": 9, "patch_size": 2}, "not a multiple"),
+        ("SiT", [1], "SiT needs a mapping of constructor arguments"),
+        ("SongUNet", {}, "SongUNet cannot be built from its config: .* missing 3 required"),
+        ("SongUNet", {**UNET, "img_resolution": 9}, "img_resolution 9 is not a multiple of 2"),
+        ("SongUNet", {**UNET, "resample_filter": [1, 2, 1]}, "even number of taps"),
+        ("SongUNet", {**UNET, "model_channels": 2}, "SongUNet cannot be built"),
+        ("SongUNet", {**UNET, "model_channels": "many"}, "SongUNet cannot be built"),
+        ("SiT", {"input_size": 9, "patch_size": 2}, "input_size 9 is not a multiple of patch_size 2"),
+        ("SiT", {"hidden_size": 32, "num_heads": 5}, "hidden_size 32 is not a multiple of 4 and of num_heads 5"),
+        ("SiT", {"hidden_size": -4, "num_heads": 2}, "SiT cannot be built"),
     ],
 )
 def test_bad_configs_are_one_sentence(name, config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         build(name, config)
+    assert "\n" not in str(error.value)
+
+
+def test_build_records_its_arguments():
+    network = build("SongUNet", UNET)
+    assert network.config == UNET and network.config is not UNET
+    assert is_registered(network)
+    assert not is_registered(SongUNet(**UNET))  # nothing to build it again from
+    foreign = torch.nn.Identity()
+    foreign.config = {}  # as diffusers' models have
+    assert not is_registered(foreign)

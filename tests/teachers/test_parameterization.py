@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import distributions, nn
 
 import teachers
 from teachers import Parameterization
 
-TIMES = [math.atan(0.002 / 0.5), 0.05, 0.3, 0.8, 1.1, 1.4, 1.55, math.atan(80 / 0.5)]
+
+def times(sigma_data):
+    return [math.atan(0.002 / sigma_data), 0.05, 0.3, 0.8, 1.1, 1.4, 1.55, math.atan(80 / sigma_data)]
 
 
 class Native(nn.Module):
@@ -54,6 +56,7 @@ CONVENTIONS = [
     Parameterization("edm", "raw", "log_sigma/4"),
     Parameterization("edm", "raw", "log_sigma/4", time_scale=1000.0, teacher_sigma_data=0.8),
     Parameterization("edm", "x0", "sigma"),
+    Parameterization("vp", "eps", "t", time_scale=1000.0),
     *[Parameterization("vp", prediction, time) for prediction in ("eps", "v", "x0") for time in ("log_snr", "t")],
     *[
         Parameterization("flow", prediction, time, scale)
@@ -61,16 +64,21 @@ CONVENTIONS = [
         for time, scale in (("s", 1.0), ("1-s", 1.0), ("s", 1000.0))
     ],
     Parameterization("trigflow", "F", "t"),
+    Parameterization("trigflow", "F", "t", time_scale=1000.0),
 ]
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
-@pytest.mark.parametrize("p", CONVENTIONS, ids=lambda p: f"{p.family}-{p.prediction}-{p.time}-{p.time_scale:g}")
+def name(p):
+    return f"{p.family}-{p.prediction}-{p.time}-{p.time_scale:g}"
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.616, 1.0])
+@pytest.mark.parametrize("p", CONVENTIONS, ids=name)
 def test_map_equals_the_exact_network(mixture, p, sigma_data):
     native = Native(mixture, p, p.teacher_sigma_data or sigma_data)
     teacher = teachers.wrap(native, p, sigma_data, (2, 1, 1))
     generator = torch.Generator().manual_seed(0)
-    for time in TIMES:
+    for time in times(sigma_data):
         t = torch.full((32,), time, dtype=torch.float64)
         z = sigma_data * torch.randn(32, 2, 1, 1, generator=generator, dtype=torch.float64)
         x_t = math.cos(time) * mixture.sample(32, generator) + math.sin(time) * z
@@ -92,20 +100,65 @@ def rk4(slope, x, start, stop, steps):
     return x
 
 
-def test_both_odes_follow_the_same_curve(mixture):
-    """The flow teacher's own ODE ``dy/ds = v`` and TrigFlow's ``dx/dt = sigma_data F`` end at the same point."""
-    sd = 0.7
-    p = teachers.RECTIFIED_FLOW
-    native = Native(mixture, p, sd)
-    teacher = teachers.wrap(native, p, sd, (2, 1, 1))
+def full(value):
+    return torch.full((16,), value, dtype=torch.float64)
+
+
+# Each teacher's own ODE: convention, dy/dtau of its network's output, tau(t), and y / x_t; sigma_data is 0.7.
+SD = 0.7
+ODES = {
+    "edm: dy/dsigma = (y - D) / sigma": (
+        teachers.EDM_DENOISER,
+        lambda native, y, sigma: (y - native(y, full(sigma))) / sigma,
+        lambda t: SD * math.tan(t),
+        lambda t: 1 / math.cos(t),
+    ),
+    "vp: dy/dangle = v": (
+        Parameterization("vp", "v", "t"),
+        lambda native, y, angle: native(y, full(angle)),
+        lambda t: math.atan(SD * math.tan(t)),
+        lambda t: 1 / math.hypot(math.cos(t), SD * math.sin(t)),
+    ),
+    "flow: dy/ds = v": (
+        teachers.RECTIFIED_FLOW,
+        lambda native, y, s: native(y, full(s)),
+        lambda t: SD * math.sin(t) / (math.cos(t) + SD * math.sin(t)),
+        lambda t: 1 / (math.cos(t) + SD * math.sin(t)),
+    ),
+    "sit: dy/dtau = x0 - eps": (
+        teachers.SIT,
+        lambda native, y, tau: native(y, full(tau)),
+        lambda t: math.cos(t) / (math.cos(t) + SD * math.sin(t)),
+        lambda t: 1 / (math.cos(t) + SD * math.sin(t)),
+    ),
+}
+
+
+@pytest.mark.parametrize("ode", ODES)
+def test_both_odes_follow_the_same_curve(mixture, ode):
+    """The teacher's own ODE and TrigFlow's ``dx/dt = sigma_data F`` end at the same point."""
+    p, slope, tau, scale = ODES[ode]
+    native = Native(mixture, p, SD)
+    teacher = teachers.wrap(native, p, SD, (2, 1, 1))
     t0, t1 = 1.2, 0.2
-    full = lambda v: torch.full((16,), v, dtype=torch.float64)  # noqa: E731
     x = torch.randn(16, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    end = rk4(lambda x, t: sd * teacher(x, full(t)), x, t0, t1, 400)
-    s = lambda t: sd * math.sin(t) / (math.cos(t) + sd * math.sin(t))  # noqa: E731
-    scale = lambda t: 1 / (math.cos(t) + sd * math.sin(t))  # noqa: E731
-    native_end = rk4(lambda y, s: native(y, full(s)), x * scale(t0), s(t0), s(t1), 400)
-    torch.testing.assert_close(end * scale(t1), native_end, rtol=0, atol=1e-8)
+    end = rk4(lambda x, t: SD * teacher(x, full(t)), x, t0, t1, 300)
+    native_end = rk4(lambda y, s: slope(native, y, s), x * scale(t0), tau(t0), tau(t1), 300)
+    torch.testing.assert_close(end * scale(t1), native_end, rtol=0, atol=1e-7)
+    assert (end - x).abs().max() > 0.1
+
+
+def test_the_mixture_is_its_own_score(mixture):
+    """What everything here is measured against, by Tweedie: ``E[x0 | y] = (y + sigma^2 grad log p(y)) / alpha``."""
+    alpha, sigma = 0.6, 0.4
+    spread = (alpha**2 * mixture.variances + sigma**2).sqrt()[:, None].expand(3, 2)
+    components = distributions.Independent(distributions.Normal(alpha * mixture.means, spread), 1)
+    density = distributions.MixtureSameFamily(distributions.Categorical(mixture.weights), components)
+    y = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    (score,) = torch.autograd.grad(density.log_prob(y).sum(), y)
+    x0, eps = (v.flatten(1) for v in mixture.posterior(y.detach().view(8, 2, 1, 1), alpha, sigma))
+    torch.testing.assert_close(x0, (y + sigma**2 * score).detach() / alpha, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(eps, -sigma * score, rtol=1e-10, atol=1e-12)
 
 
 def test_edm_network_is_minus_trigflow_network(mixture):
@@ -113,6 +166,31 @@ def test_edm_network_is_minus_trigflow_network(mixture):
     c = teachers.EDM.coefficients(t, 0.5)
     u = torch.randn_like(x)
     torch.testing.assert_close(teachers.EDM.to_trigflow(u, x, t, c, 0.5), -u, rtol=1e-13, atol=1e-13)
+
+
+def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture):
+    """``F(x_t / sigma_data, t)`` (equation 3), unchanged."""
+    native = Native(mixture, teachers.TRIGFLOW, SD)
+    teacher = teachers.wrap(native, teachers.TRIGFLOW, SD, (2, 1, 1))
+    x, t = torch.randn(3, 2, 1, 1, dtype=torch.float64), torch.tensor([0.0, 0.7, math.pi / 2], dtype=torch.float64)
+    inner = torch.tensor([0.01, 0.7, 1.56], dtype=torch.float64)
+    torch.testing.assert_close(teacher(x, inner), native(x / SD, inner), rtol=1e-12, atol=1e-12)
+    c = teachers.TRIGFLOW.coefficients(t, SD)
+    u = torch.randn_like(x)
+    torch.testing.assert_close(teachers.TRIGFLOW.to_trigflow(u, x, t, c, SD), u, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", CONVENTIONS, ids=name)
+def test_the_map_and_its_time_derivative_are_finite_on_the_sampling_range(p):
+    t = torch.tensor(times(0.5), dtype=torch.float64)
+    x, u = torch.randn(2, len(t), 2, 1, 1, dtype=torch.float64)
+    out = torch.func.jvp(lambda t: p.to_trigflow(u, x, t, p.coefficients(t, 0.5), 0.5), (t,), (t.cos() * t.sin(),))
+    assert all(v.isfinite().all() for v in out)
+
+
+def test_dictionary_round_trip():
+    p = Parameterization("edm", "raw", "log_sigma/4", 1000.0, 0.8)
+    assert Parameterization(**p.to_dict()) == p
 
 
 def test_rearranged_time_tangents():
@@ -138,10 +216,13 @@ def test_guidance_commutes_with_the_map():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("ddpm", "eps", "t"), "family is 'ddpm'"),
-        (("edm", "eps", "sigma"), "prediction of a edm teacher is 'eps'"),
-        (("flow", "velocity", "t"), "time signal of a flow teacher is 't'"),
-        (("flow", "velocity", "s", 1.0, 0.5), "teacher_sigma_data"),
+        (("ddpm", "eps", "t"), "family is 'ddpm'; allowed: edm, vp, flow, trigflow"),
+        (("edm", "eps", "sigma"), "prediction is 'eps'; family 'edm' allows: raw, x0"),
+        (("flow", "velocity", "t"), "time signal is 't'; family 'flow' allows: s, 1-s"),
+        (("flow", "velocity", "s", 1.0, 0.5), "teacher_sigma_data belongs to"),
+        (("edm", "x0", "sigma", 1.0, 0.5), "teacher_sigma_data belongs to"),
+        (("edm", "raw", "log_sigma/4", 1.0, -0.5), "teacher_sigma_data must be positive, got -0.5"),
+        (("flow", "velocity", "s", 0.0), "time_scale must be positive, got 0.0"),
     ],
 )
 def test_impossible_conventions_are_refused(arguments, message):

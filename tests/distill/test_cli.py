@@ -1,0 +1,143 @@
+"""The commands as a user types them, and the errors they print."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import distill
+import teachers
+from distill import cli, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(make_teacher, tmp_path):
+    teachers.save_pretrained(make_teacher("SiT"), tmp_path / "model", "student")
+    return str(tmp_path / "model")
+
+
+def test_sample_a_grid(model, tmp_path, capsys):
+    out = tmp_path / "new/grid.png"
+    assert cli.main(["sample", model, "--num", "16", "--steps", "2", "--labels", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (8 * 10 * 2, 2 * 10 * 2)
+    assert "16 images in" in capsys.readouterr().out
+
+
+def test_sample_arrays(model, tmp_path):
+    out = tmp_path / "samples.npz"
+    assert cli.main(["sample", model, "--num", "7", "--out", str(out)]) == 0
+    with np.load(out) as arrays:
+        assert arrays["images"].shape == (7, 8, 8, 1) and arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "samples.npz"]
+
+
+def test_python_and_command_line_agree(model, tmp_path):
+    out = tmp_path / "samples.npz"
+    cli.main(["sample", model, "--num", "4", "--steps", "1", "--seed", "5", "--out", str(out)])
+    images = distill.from_pretrained(model).sample(4, num_inference_steps=1, seed=5)
+    expected = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    with np.load(out) as arrays:
+        assert np.array_equal(arrays["images"], expected)
+
+
+def test_export_and_teachers(model, tmp_path, capsys):
+    assert cli.main(["export", model, str(tmp_path / "pipe")]) == 0
+    assert (tmp_path / "pipe/model_index.json").is_file()
+    assert cli.main(["teachers", "list"]) == 0
+    assert "mnist-edm" in capsys.readouterr().out
+    assert cli.main(["teachers", "inspect", "mnist-edm"]) == 0
+    assert "SongUNet" in capsys.readouterr().out
+
+
+def test_evaluate(tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert cli.main(["evaluate", "mnist-edm", "--steps", "2", "--num", "60", "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())
+    assert scores["num_samples"] == 60 and scores["floor"]["num_samples"] == 60
+    assert "real test images (60)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [["sample"], ["evaluate"], ["export"], ["teachers", "inspect"], ["teachers", "list"]])
+def test_every_verb_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*verb, "--help"])
+    assert stop.value.code == 0 and "example: distill " + " ".join(verb) in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sample", "mnist-emd", "--out", "x.png"], "did you mean 'mnist-edm'?"),
+        (["sample", "mnist-edm", "--out", "x.jpg"], "must end in .png or .npz"),
+        (["sample", "mnist-edm", "--steps", "0", "--out", "x.png"], "num_inference_steps must be at least 1"),
+        (["sample", "mnist-edm", "--labels", "12", "--out", "x.png"], "label 12 is out of range"),
+        (["sample", "mnist-edm", "--num", "0", "--out", "x.png"], "at least 1"),
+        (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["recipes/nothing.yaml"], "no recipe"),
+        (["mnist.yaml", "max_train_stepz=3"], "did you mean max_train_steps?"),
+        (["mnist.yaml", "teacher=nobody", "--check"], "no model 'nobody'"),
+        (["mnist.yaml", "sample_shape=[3,32,32]", "--check"], "has sample_shape [1, 28, 28]"),
+    ],
+)
+def test_recipe_mistakes_are_one_line(arguments, message, capsys):
+    assert run.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and message in captured.err
+
+
+@pytest.mark.parametrize("recipe", [str(p) for p in sorted((ROOT / "recipes").rglob("*.yaml"))])
+def test_check_passes_every_recipe_and_trains_nothing(recipe, capsys, tmp_path):
+    assert run.main([recipe, "--check", f"output_dir={tmp_path / 'run'}"]) == 0
+    assert "recipe is valid" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_main_job_end_to_end(tmp_path):
+    """``accelerate launch distill/run.py`` on the real recipe with small numbers, then the Python API on its result."""
+    command = [
+        shutil.which("accelerate", path=str(Path(sys.executable).parent)), "launch", "--num_processes", "1",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "distill/run.py", "recipes/mnist.yaml",
+        f"output_dir={tmp_path / 'run'}", "max_train_steps=3", "train_batch_size=8", "evaluation.num_samples=50",
+        "evaluation.teacher_steps=2",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"grid.png", "metrics.json", "metrics.md", "curves.png", "student", "pipeline", "metrics.jsonl"} <= names
+    rows = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert {"teacher, 3 NFE", "this run, 1 step", "this run, 2 steps", "this run, 4 steps"} <= rows.keys()
+    assert "MNIST-CNN-FD" in result.stdout and "MNIST-CNN-FD" in (tmp_path / "run/pipeline/README.md").read_text()
+    model = distill.from_pretrained(tmp_path / "run")
+    images = model.sample(4, num_inference_steps=2, labels=[3] * 4, seed=0)
+    assert model.role == "student" and images.shape == (4, 1, 28, 28) and images.abs().max() <= 1
+
+
+def test_python_api_trains_and_exports(make_teacher, tmp_path):
+    model = distill.from_pretrained("mnist-edm")
+    model.train(
+        "recipes/mnist.yaml", max_train_steps=2, train_batch_size=4, output_dir=str(tmp_path / "run"),
+        evaluation__num_samples=50, evaluation__teacher_steps=0, evaluation__num_inference_steps=[1],
+    )  # fmt: skip
+    assert model.role == "student"
+    model.export(tmp_path / "pipeline")
+    assert (tmp_path / "pipeline/model_index.json").is_file()
