@@ -6,6 +6,9 @@ import torch
 import teachers
 from teachers.networks import build
 
+# The networks here are tiny: more threads only wait for each other.
+torch.set_num_threads(1)
+
 UNET = dict(
     img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
     attn_resolutions=[4], dropout=0.0,
