@@ -22,7 +22,7 @@ from distill.objectives.scm import Loss, build_objective
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.sampling import generate
 from distill.visual import plot_curves, save_grid
-from teachers import PRESETS, Parameterization, Teacher, load, load_config, save_pretrained
+from teachers import PRESETS, Parameterization, Teacher, load, save_pretrained
 from teachers.networks import build
 from teachers.pretrained import write_atomically
 
@@ -58,10 +58,6 @@ def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
     """The network to train: a copy of the teacher, or a new one for objective ``diffusion``."""
     if teacher is not None:
         student = teacher.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
-        reference = load(recipe.teacher)  # requires_grad as built: position tables stay fixed
-        frozen = {name for name, p in reference.native.named_parameters() if not p.requires_grad}
-        for name, p in student.native.named_parameters():
-            p.requires_grad_(name not in frozen)
     else:
         n = recipe.network
         named = isinstance(n.parameterization, str)
@@ -415,6 +411,5 @@ def save_student(trainer: Trainer, folder: Path) -> None:
     extra = {"training": facts}
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
-        teacher_name = load_config(recipe.teacher).get("name", recipe.teacher)
-        extra |= {"teacher": teacher_name, key: recipe.guidance_scale}
+        extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
     save_pretrained(trainer.student, folder, "teacher" if recipe.objective == "diffusion" else "student", **extra)

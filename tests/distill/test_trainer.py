@@ -16,7 +16,7 @@ import teachers
 from distill import checkpoint as ckpt
 from distill.ema import EMA, power_exponent
 from distill.recipe import parse_recipe, to_dict
-from distill.trainer import Trainer, TrainingError, learning_rate
+from distill.trainer import Trainer, TrainingError, learning_rate, save_student
 
 
 @pytest.fixture
@@ -118,12 +118,12 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(world):
     env = {**os.environ, "PYTHONPATH": root, "ACCELERATE_USE_CPU": "1"}
     command = [sys.executable, "-m", "distill.run", str(recipe), "validation_steps=100000"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(600):
-        if ckpt.checkpoints(folder / "run") or process.poll() is not None:
-            break
+    # However slow the machine: before the first checkpoint the loop, and so its signal handler, may not be there yet.
+    while not ckpt.checkpoints(folder / "run"):
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "continue with resume_from_checkpoint=latest" in output and "Traceback" not in output
     assert not list((folder / "run").glob(".checkpoint*"))
@@ -187,6 +187,16 @@ def test_data_from_the_teacher_is_drawn_once(world):
     changed = cached[0].stat().st_mtime_ns
     b = run(values, data=data)
     assert cached[0].stat().st_mtime_ns == changed and equal(a, b)
+
+
+def test_a_teacher_in_memory_is_trained_without_a_file(world, make_teacher):
+    folder, values = world
+    teacher = make_teacher("SongUNet").requires_grad_(False)
+    trainer = Trainer(parse_recipe({**values, "teacher": "in memory", "max_train_steps": 2}, "test"), teacher)
+    trainer.train()
+    save_student(trainer, folder / "student")
+    assert teachers.load_config(folder / "student")["teacher"] == "in memory"
+    assert not equal_modules(teachers.load(folder / "student"), teacher)
 
 
 def test_ema_profiles():
