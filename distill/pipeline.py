@@ -4,11 +4,16 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SCMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+from torch import Tensor
 
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers.base import Teacher
 from teachers.networks import build
 from teachers.parameterization import Parameterization
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class SCMNetwork(ModelMixin, ConfigMixin):
@@ -26,7 +31,7 @@ class SCMNetwork(ModelMixin, ConfigMixin):
         convention = Parameterization(**parameterization)
         self.model = Teacher(native, convention, sigma_data, tuple(sample_shape), num_classes, label_format)
 
-    def forward(self, x_t, t, labels=None, guidance=None):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """``F(x_t, t)``, see :class:`teachers.Teacher`."""
         return self.model(x_t, t, labels, guidance)
 
@@ -39,21 +44,29 @@ class SCMPipeline(DiffusionPipeline):
         scheduler: diffusers' ``SCMScheduler``; with explicit times its step is multistep consistency sampling exactly.
     """
 
-    def __init__(self, network: SCMNetwork, scheduler: SCMScheduler):
+    # Not annotated as SCMNetwork: with remote code diffusers runs this module once for the pipeline and once more for
+    # the network, so that one class exists twice and its type check would warn on every load.
+    def __init__(self, network: ModelMixin, scheduler: SCMScheduler):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "SCMPipeline":
-        """Load an exported folder with the installed package's code; nothing in the folder is executed."""
-        network = SCMNetwork.from_pretrained(folder, subfolder="network", dtype=dtype)
-        return cls(network.eval(), SCMScheduler.from_pretrained(folder, subfolder="scheduler"))
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SCMPipeline":
+        """Load an exported folder or Hub repository with the code at hand; nothing that it carries is executed.
+
+        Args:
+            kwargs: options of ``ModelMixin.from_pretrained``, for example ``revision`` or ``token``.
+        """
+        # DiffusionPipeline.from_pretrained would insist on the code in the folder, and so on trust_remote_code.
+        network = SCMNetwork.from_pretrained(pretrained_model_name_or_path, subfolder="network", **kwargs)
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        return cls(network, SCMScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub))
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int | None = None,
-        class_labels: int | list[int] | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
         num_inference_steps: int = 2,
         timesteps: list[float] | None = None,
         guidance_scale: float | None = None,
@@ -65,88 +78,120 @@ class SCMPipeline(DiffusionPipeline):
 
         Args:
             batch_size: number of images; by default one per label, or 1.
-            class_labels: one class, or one per image; by default they cycle through the classes.
+            class_labels: one class for all images, or one per image; by default they cycle through the classes.
             num_inference_steps: network evaluations, 1 to 8.
-            timesteps: sampling times in radians, decreasing, in place of the defaults.
-            guidance_scale: only for a network that takes the guidance scale as an input.
-            generator: one generator seeds every image on its own, so that image i does not depend on the batch size;
-                a list gives image i its generator.
+            timesteps: sampling times in radians, decreasing, in place of ``num_inference_steps`` and its defaults.
+            guidance_scale: for a network that takes the guidance scale as an input, and only there.
+            generator: on the CPU, where all noise is drawn. One generator seeds every image on its own, so that image
+                ``i`` does not depend on the batch size; a list gives image ``i`` its generator; by default torch's
+                global one is used.
             output_type: ``pil``, ``np`` ``(N, H, W, C)`` in [0, 1], or ``pt`` ``(N, C, H, W)`` in [0, 1].
 
         Raises:
             ValueError: an argument that is not allowed, with what is.
         """
-        config = self.network.config
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; allowed: pil, np, pt")
-        if guidance_scale is not None and not self.network.model.accepts_guidance:
-            raise ValueError(f"this student was distilled at guidance scale {config.guidance_scale}; it takes no other")
+        config, device = self.network.config, self._execution_device
+        self.check_output(output_type)
         labels = self.prepare_labels(class_labels, batch_size)
-        num = len(labels) if labels is not None else batch_size or 1
-        generators = self.prepare_generators(generator, num)
+        num = (1 if batch_size is None else batch_size) if labels is None else len(labels)
+        guidance = self.prepare_guidance(guidance_scale, num)
         times = self.prepare_times(num_inference_steps, timesteps)
-        guidance = None
-        if guidance_scale is not None:
-            guidance = torch.full((num,), float(guidance_scale), device=self._execution_device)
+        generators = self.prepare_generators(generator, num)
 
-        sigma_data, dtype = config.sigma_data, self.network.dtype
-        noise = [torch.randn(tuple(config.sample_shape), generator=g) for g in generators]
-        sample = sigma_data * torch.stack(noise).to(self._execution_device)
+        noise = torch.stack([torch.randn(tuple(config.sample_shape), generator=g) for g in generators])
+        sample = config.sigma_data * noise.to(device)
         self.scheduler.set_timesteps(
-            len(times), timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None,
-            device=self._execution_device,
-        )  # fmt: skip
+            len(times), timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None, device=device
+        )
         for t in self.progress_bar(self.scheduler.timesteps[:-1]):
-            F = self.network(sample.to(dtype), t.expand(num), labels, guidance).float()
+            F = self.network(sample, t.expand(num), labels, guidance)
             sample, denoised = self.scheduler.step(
-                sigma_data * F, t, sample, generator=generators, return_dict=False
+                config.sigma_data * F, t, sample, generator=generators, return_dict=False
             )
         images = self.postprocess(denoised, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def prepare_labels(self, class_labels, batch_size) -> torch.Tensor | None:
+    def check_output(self, output_type: str) -> None:
+        """Raise ``ValueError`` for what cannot be computed or returned."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}")
+        channels = self.network.config.sample_shape[0]
+        if output_type == "pil" and channels not in (1, 3):
+            raise ValueError(f"samples with {channels} channels are no PIL images; use output_type='pt' or 'np'")
+        if self.network.dtype != torch.float32:
+            raise ValueError(
+                f"the network's weights are {self.network.dtype} and must be float32; for speed, call the pipeline "
+                "inside torch.autocast"
+            )
+
+    def prepare_labels(self, class_labels, batch_size: int | None) -> Tensor | None:
+        """``(N,)`` classes on the pipeline's device; ``None`` for an unconditional network."""
         classes = self.network.config.num_classes
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if classes is None:
             if class_labels is not None:
                 raise ValueError("this model is unconditional and takes no class_labels")
             return None
         if class_labels is None:
-            class_labels = [i % classes for i in range(batch_size or 1)]
-        labels = [class_labels] * (batch_size or 1) if isinstance(class_labels, int) else list(class_labels)
+            return torch.arange(batch_size or 1, device=self._execution_device) % classes
+        try:
+            labels = torch.as_tensor(class_labels, device=self._execution_device)
+        except (TypeError, ValueError, RuntimeError):
+            labels = torch.empty(0)
+        if labels.numel() == 0 or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"class_labels must be an integer or a list of integers, got {class_labels!r}")
+        if labels.ndim == 0:
+            labels = labels.expand(batch_size or 1)
         if batch_size is not None and len(labels) != batch_size:
             raise ValueError(f"batch_size {batch_size} needs as many class_labels, got {len(labels)}")
-        bad = [label for label in labels if not 0 <= label < classes]
-        if bad:
-            raise ValueError(f"label {bad[0]} is out of range: this model has classes 0 to {classes - 1}")
-        return torch.tensor(labels, device=self._execution_device)
+        bad = labels[(labels < 0) | (labels >= classes)]
+        if len(bad):
+            raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {classes - 1}")
+        return labels.long()
+
+    def prepare_guidance(self, guidance_scale: float | None, num: int) -> Tensor | None:
+        """``(N,)`` guidance scales; ``None`` for a network that was distilled at one scale."""
+        config = self.network.config
+        if not self.network.model.accepts_guidance:
+            if guidance_scale is not None:
+                fixed = "fixed" if config.guidance_scale is None else f"fixed at {config.guidance_scale}"
+                raise ValueError(f"the guidance scale of this student is {fixed}; it takes no guidance_scale")
+            return None
+        low, high = config.guidance_range or (-float("inf"), float("inf"))
+        if guidance_scale is None or not low <= guidance_scale <= high:
+            raise ValueError(f"this student needs a guidance_scale from {low} to {high}, got {guidance_scale}")
+        return torch.full((num,), float(guidance_scale), device=self._execution_device)
+
+    def prepare_times(self, num_inference_steps: int, timesteps: list[float] | None) -> list[float]:
+        """Sampling times in radians: those given, those found for this student, or the defaults."""
+        if timesteps is not None:
+            times = [float(t) for t in timesteps]
+            check_times(times)
+            return times
+        found = (self.network.config.sampling or {}).get(str(num_inference_steps))
+        return found or student_times(num_inference_steps, self.network.config.sigma_data)
 
     @staticmethod
     def prepare_generators(generator, num: int) -> list[torch.Generator]:
-        if isinstance(generator, list):
-            if len(generator) != num:
-                raise ValueError(f"{num} images need {num} generators, got {len(generator)}")
-            return generator
-        if generator is None:
-            generator = torch.Generator().manual_seed(torch.seed())
+        """One CPU generator per image."""
+        given = list(generator) if isinstance(generator, list | tuple) else [generator]
+        if any(g is not None and g.device.type != "cpu" for g in given):
+            raise ValueError("generator must be on the CPU, where noise is drawn, so that a seed means the same everywhere")
+        if isinstance(generator, list | tuple):
+            if len(given) != num:
+                raise ValueError(f"{num} images need {num} generators, got {len(given)}")
+            return given
         return [torch.Generator().manual_seed(seed) for seed in sample_seeds(num, generator)]
 
-    def prepare_times(self, num_inference_steps: int, timesteps: list[float] | None) -> list[float]:
-        config = self.network.config
-        if timesteps is not None:
-            check_times(list(timesteps))
-            return list(timesteps)
-        stored = (config.sampling or {}).get(str(num_inference_steps))
-        return stored or student_times(num_inference_steps, config.sigma_data)
-
     @staticmethod
-    def postprocess(samples: torch.Tensor, output_type: str):
-        images = (samples.clamp(-1, 1) + 1) / 2
+    def postprocess(samples: Tensor, output_type: str):
+        """Samples in [-1, 1] as images in the form asked for."""
+        images = (samples.float().clamp(-1, 1) + 1) / 2
         if output_type == "pt":
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "np":
             return images
-        from PIL import Image
-
         pixels = (images * 255).round().astype("uint8")
         return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

@@ -1,34 +1,44 @@
+"""Exported pipelines: the same images by every route, nothing of this package needed, nothing of the user's lost."""
+
+import ast
+import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SCMScheduler
 
 import distill
 import teachers
-from distill.export import export
-from distill.pipeline import SCMPipeline
+from distill.export import CODE, carried_code, export
+from distill.pipeline import SCMNetwork, SCMPipeline
+from teachers.networks import build
 
 LABELS = [2, 0, 1, 1, 0]
+EXPORTED = ["README.md", "model_index.json", "network", "scheduler", "scm_pipeline.py"]
 
-# Loads an exported folder where neither of our packages can be imported, and saves its images.
+# Loads exported folders where of all our dependencies only torch and diffusers can be found, and saves their images.
 STRANGER = """
 import sys
-class Block:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] in ("distill", "teachers"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Block())
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+from importlib.util import find_spec
+ABSENT = ("distill", "teachers", "accelerate", "datasets", "einops", "matplotlib", "scipy")
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in ABSENT else super().find_spec(name, path, target)
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Bare]
+assert not any(map(find_spec, ABSENT))
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-for steps in (1, 2, 4):
-    images = pipe(class_labels=[2, 0, 1, 1, 0], num_inference_steps=steps, output_type="pt",
-                  generator=torch.Generator().manual_seed(3)).images
-    save_file({"images": images}, f"{sys.argv[2]}/{steps}.safetensors")
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    images = {str(steps): pipe(class_labels=[2, 0, 1, 1, 0], num_inference_steps=steps, output_type="pt",
+                               generator=torch.Generator().manual_seed(3)).images for steps in (1, 2, 4)}
+    save_file(images, f"{folder}.safetensors")
+assert not {"distill", "teachers"} & set(sys.modules)
 """
 
 
@@ -39,47 +49,125 @@ def folder(teacher, tmp_path):
 
 @pytest.fixture
 def pipe(folder):
+    return load(folder)
+
+
+def load(folder):
     pipe = SCMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def seeded():
-    return torch.Generator().manual_seed(3)
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def check_same(images, teacher, steps, **options):
+    expected = distill.Model(teacher, {"role": "student"}).sample(5, steps, LABELS, seed=3, **options)
+    torch.testing.assert_close(images * 2 - 1, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_same_seed_same_images(teacher, pipe, steps):
-    expected = distill.Model(teacher, {"role": "student"}).sample(5, steps, LABELS, seed=3)
     images = pipe(class_labels=LABELS, num_inference_steps=steps, generator=seeded(), output_type="pt").images
-    torch.testing.assert_close(images * 2 - 1, expected, rtol=0, atol=1e-5)
+    check_same(images, teacher, steps)
+    assert images.std() > 0.05
 
 
-def test_loads_without_this_package(teacher, folder, tmp_path):
-    command = [sys.executable, "-c", STRANGER, str(folder), str(tmp_path)]
-    env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+def test_loads_without_this_package(make_teacher, tmp_path):
+    students = {kind: make_teacher(kind) for kind in ("SongUNet", "SiT")}
+    folders = [str(export(student, tmp_path / kind)) for kind, student in students.items()]
+    env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STRANGER, *folders]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    for steps in (1, 2, 4):
-        images = teachers.pretrained.read_safetensors(tmp_path / f"{steps}.safetensors")["images"]
-        expected = distill.Model(teacher, {"role": "student"}).sample(5, steps, LABELS, seed=3)
-        torch.testing.assert_close(images * 2 - 1, expected, rtol=0, atol=1e-5)
+    assert "Expected types" not in result.stderr
+    for kind, student in students.items():
+        images = teachers.pretrained.read_safetensors(tmp_path / f"{kind}.safetensors")
+        for steps in (1, 2, 4):
+            check_same(images[str(steps)], student, steps)
+
+
+def test_code_in_the_folder_needs_trust(folder):
+    from diffusers import DiffusionPipeline
+
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_our_class_runs_nothing_from_the_folder(teacher, folder):
+    for place in (folder, folder / "network"):
+        (place / CODE).write_text("raise SystemExit('executed')")
+    images = load(folder)(class_labels=LABELS, generator=seeded(), output_type="pt").images
+    check_same(images, teacher, 2)
+
+
+def test_carried_code_is_complete_and_names_nothing_twice(tmp_path):
+    code = carried_code()
+    tree = ast.parse(code)
+    modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+    assert not [m for m in modules if m.split(".")[0] in ("distill", "teachers")]
+    assigned = [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+    defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)] + assigned
+    assert {"SCMPipeline", "SCMNetwork", "Teacher", "SongUNet", "SiT"} <= set(defined)
+    assert len(defined) == len(set(defined))
+    (tmp_path / "code.py").write_text(code)
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", str(tmp_path / "code.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout  # no undefined names
 
 
 def test_an_export_is_a_source_again(teacher, folder):
     x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 1.0]), torch.tensor([0, 1])
     assert torch.equal(teachers.load(folder)(x, t, y), teacher(x, t, y))
-    assert distill.from_pretrained(folder).role == "student"
+    model = distill.from_pretrained(folder)
+    assert model.role == "student" and model.config["teacher"] == "some-teacher"
+    assert model.export(folder.parent / "again").is_dir()
+
+
+def test_weights_are_fp32_safetensors_that_others_can_read(make_teacher, tmp_path):
+    folder = export(make_teacher("SongUNet").to(torch.bfloat16), tmp_path / "p")
+    weights = folder / "network/diffusion_pytorch_model.safetensors"
+    tensors = teachers.pretrained.read_safetensors(weights)
+    assert {v.dtype for v in tensors.values()} == {torch.float32}
+    assert weights.stat().st_mode & 0o777 == 0o644
 
 
 def test_image_i_depends_on_its_seed_only(pipe):
     many = pipe(class_labels=LABELS, generator=seeded(), output_type="pt").images
     few = pipe(class_labels=LABELS[:2], generator=seeded(), output_type="pt").images
     torch.testing.assert_close(few, many[:2], rtol=0, atol=1e-5)
-    own = [torch.Generator().manual_seed(i) for i in (8, 9)]
-    listed = pipe(class_labels=[0, 1], generator=own, output_type="pt").images
-    alone = pipe(class_labels=[1], generator=[torch.Generator().manual_seed(9)], output_type="pt").images
+    assert (many[2] - many[3]).abs().max() > 1e-2  # one class, two seeds
+    listed = pipe(class_labels=[0, 1], generator=[seeded(8), seeded(9)], output_type="pt").images
+    alone = pipe(class_labels=[1], generator=[seeded(9)], output_type="pt").images
     torch.testing.assert_close(alone[0], listed[1], rtol=0, atol=1e-5)
+
+
+def test_without_a_generator_the_global_one_decides(pipe):
+    torch.manual_seed(5)
+    first, second = (pipe(2, output_type="pt").images for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(pipe(2, output_type="pt").images, first)
+    assert not torch.equal(first, second)
+
+
+def test_labels_default_to_all_classes_in_turn(pipe):
+    def images(*args, **kwargs):
+        return pipe(*args, generator=seeded(), output_type="pt", **kwargs).images
+
+    assert torch.equal(images(5), images(class_labels=[0, 1, 2, 0, 1]))
+    assert torch.equal(images(3, class_labels=2), images(class_labels=torch.tensor([2, 2, 2])))
+    assert images(class_labels=1).shape == (1, 1, 8, 8)
+
+
+def test_times_given_found_or_default(teacher, tmp_path):
+    pipe = load(export(teacher, tmp_path / "p", {"sampling": {"2": [1.5, 0.7]}}))
+    given = pipe(class_labels=LABELS, timesteps=[1.5, 0.7], generator=seeded(), output_type="pt").images
+    found = pipe(class_labels=LABELS, num_inference_steps=2, generator=seeded(), output_type="pt").images
+    assert torch.equal(given, found)
+    assert torch.equal(pipe.scheduler.timesteps, torch.tensor([1.5, 0.7, 0.0]))
+    check_same(pipe(class_labels=LABELS, num_inference_steps=3, generator=seeded(), output_type="pt").images, teacher, 3)
 
 
 def test_output_types(pipe):
@@ -87,55 +175,169 @@ def test_output_types(pipe):
     np = pipe(batch_size=2, generator=seeded(), output_type="np").images
     pil = pipe(batch_size=2, generator=seeded()).images
     assert pt.shape == (2, 1, 8, 8) and np.shape == (2, 8, 8, 1)
+    assert 0 <= pt.min() and pt.max() <= 1
     assert pil[0].size == (8, 8) and pil[0].mode == "L"
+    assert pil[1].getpixel((3, 5)) == round(pt[1, 0, 5, 3].item() * 255)
     assert torch.equal(torch.from_numpy(np)[..., 0], pt[:, 0])
     assert pipe(1, return_dict=False, output_type="pt")[0].shape == (1, 1, 8, 8)
+
+
+def unconditional(channels):
+    config = dict(input_size=8, in_channels=channels, hidden_size=32, depth=1, num_heads=2, num_classes=0)
+    return teachers.wrap(build("SiT", {**config, "learn_sigma": False}), teachers.SIT, 0.5, (channels, 8, 8))
+
+
+def test_unconditional_colour(tmp_path):
+    student = unconditional(3)
+    pipe = load(export(student, tmp_path / "p"))
+    assert pipe(2).images[1].mode == "RGB"
+    expected = distill.Model(student, {"role": "student"}).sample(2, 2, seed=3)
+    images = pipe(2, generator=seeded(), output_type="pt").images
+    torch.testing.assert_close(images * 2 - 1, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="unconditional and takes no class_labels"):
+        pipe(class_labels=[1])
+
+
+def test_latents_are_no_pictures(tmp_path):
+    pipe = load(export(unconditional(4), tmp_path / "p"))
+    assert pipe(1, output_type="np").images.shape == (1, 8, 8, 4)
+    with pytest.raises(ValueError, match="4 channels are no PIL images"):
+        pipe(1)
 
 
 @pytest.mark.parametrize(
     "kwargs, message",
     [
         (dict(num_inference_steps=0), "num_inference_steps must be 1 to 8, got 0"),
-        (dict(class_labels=[7]), "label 7 is out of range"),
-        (dict(guidance_scale=3.0), "distilled at guidance scale 1.5"),
-        (dict(output_type="jpg"), "allowed: pil, np, pt"),
-        (dict(batch_size=3, class_labels=[0]), "needs as many class_labels"),
+        (dict(num_inference_steps=9), "num_inference_steps must be 1 to 8, got 9"),
+        (dict(class_labels=[7]), "label 7 is out of range: this model has classes 0 to 2"),
+        (dict(class_labels=3), "label 3 is out of range"),
+        (dict(class_labels=[-1]), "label -1 is out of range"),
+        (dict(class_labels=[0.5]), r"class_labels must be an integer or a list of integers, got \[0.5\]"),
+        (dict(class_labels=["seven"]), "class_labels must be an integer"),
+        (dict(class_labels=[]), "class_labels must be an integer"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(batch_size=3, class_labels=[0]), "batch_size 3 needs as many class_labels, got 1"),
+        (dict(guidance_scale=3.0), "guidance scale of this student is fixed at 1.5"),
+        (dict(output_type="jpg"), "output_type is 'jpg'; allowed: pil, np, pt"),
         (dict(timesteps=[1.0, 1.2]), "must decrease"),
-        (dict(batch_size=2, generator=[torch.Generator()]), "2 images need 2 generators"),
+        (dict(timesteps=[]), "must decrease"),
+        (dict(batch_size=2, generator=[torch.Generator()]), "2 images need 2 generators, got 1"),
     ],
 )
+@pytest.mark.parametrize("teacher", ["SiT"], indirect=True)
 def test_bad_arguments_are_one_sentence(pipe, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         pipe(**kwargs)
+    assert "\n" not in str(error.value)
 
 
-def test_guidance_as_an_input(make_teacher, tmp_path):
-    student = make_teacher("SiT").student(guidance_embedding=True)
-    student.native.g_embedder.mlp[2].weight.data.normal_()
-    export(student, tmp_path / "p", {"role": "student", "guidance_range": [1.0, 3.0]})
-    pipe = SCMPipeline.from_pretrained(tmp_path / "p")
+def test_low_precision_is_autocast(teacher, folder, pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = pipe(2, generator=seeded(), output_type="pt").images
+    exact = pipe(2, generator=seeded(), output_type="pt").images
+    assert rough.dtype == torch.float32 and 0 < (rough - exact).abs().max() < 0.05
+    low = SCMPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="inside torch.autocast"):
+        low(2)
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
+def test_guidance_as_an_input(make_teacher, tmp_path, kind):
+    student = make_teacher(kind).student(guidance_embedding=True)
+    for name, parameter in student.native.named_parameters():
+        if name in ("map_guidance.weight", "g_embedder.mlp.2.weight"):
+            parameter.data.normal_()
+    folder = export(student, tmp_path / "p", {"role": "student", "guidance_range": [1.0, 3.0]})
+    pipe = load(folder)
+    for scale in (1.0, 2.5):
+        images = pipe(class_labels=LABELS, guidance_scale=scale, generator=seeded(), output_type="pt").images
+        check_same(images, student, 2, guidance_scale=scale)
     weak, strong = (pipe(2, guidance_scale=s, generator=seeded(), output_type="pt").images for s in (1.0, 3.0))
     assert (weak - strong).abs().max() > 1e-3
+    for scale in (None, 7.0):
+        with pytest.raises(ValueError, match=f"needs a guidance_scale from 1.0 to 3.0, got {scale}"):
+            pipe(2, guidance_scale=scale)
+    assert "guidance_scale=1.0" in (folder / "README.md").read_text()
 
 
-def test_exporting_again_replaces_only_a_pipeline(teacher, folder, tmp_path):
-    export(teacher, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipeline"]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not empty and not an exported pipeline"):
-        export(teacher, tmp_path / "mine")
-    assert (tmp_path / "mine/thesis.txt").exists()
+def test_the_scheduler_is_diffusers_own(pipe):
+    assert type(pipe.scheduler) is SCMScheduler and pipe.scheduler.config.sigma_data == 0.5
 
 
-def test_the_card_says_what_it_is(folder):
-    card = (folder / "README.md").read_text()
-    for text in ("library_name: diffusers", "license: apache-2.0", "teacher: some-teacher", "trust_remote_code=True"):
+def test_exporting_again_replaces_only_a_pipeline(make_teacher, tmp_path):
+    folder = export(make_teacher("SiT"), tmp_path / "new/pipeline")
+    other = make_teacher("SongUNet")
+    export(other, folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["pipeline"]
+    assert sorted(p.name for p in folder.iterdir()) == EXPORTED
+    check_same(load(folder)(class_labels=LABELS, generator=seeded(), output_type="pt").images, other, 2)
+
+
+@pytest.mark.parametrize("exported", [True, False])
+def test_what_is_not_ours_is_never_deleted(make_teacher, tmp_path, exported):
+    student, folder = make_teacher("SiT"), tmp_path / "mine"
+    folder.mkdir()
+    if exported:
+        export(student, folder)
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="not an exported pipeline: it holds thesis.txt; choose another folder"):
+        export(student, folder)
+    assert (folder / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ValueError, match="is a file; choose another folder"):
+        export(student, folder / "thesis.txt")
+
+
+def test_another_pipeline_is_never_deleted(make_teacher, tmp_path):
+    for name in ("README.md", "model_index.json"):
+        (tmp_path / name).write_text("Stable Diffusion")
+    with pytest.raises(ValueError, match="not an exported pipeline"):
+        export(make_teacher("SiT"), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "model_index.json"]
+
+
+def test_a_full_disk_leaves_the_earlier_export(teacher, folder, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # every write beyond 20 kB fails
+    try:
+        with pytest.raises(OSError):
+            export(teacher, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
+    check_same(load(folder)(class_labels=LABELS, generator=seeded(), output_type="pt").images, teacher, 2)
+
+
+def test_the_card_says_what_it_is(make_teacher, tmp_path):
+    facts = {
+        "teacher": "some-teacher", "guidance_scale": 1.5, "metrics": {"2 steps": {"num_samples": 50, "FD": 1.25}},
+        "training": {"steps": 700, "data": "MNIST training split", "license": "apache-2.0"},
+    }  # fmt: skip
+    card = (export(make_teacher("SiT"), tmp_path / "p", facts) / "README.md").read_text()
+    for text in (
+        "library_name: diffusers", "license: apache-2.0", "A SiT for samples of shape 1x8x8, 3 classes",
+        "Guidance scale 1.5 is built in", "- teacher: some-teacher", "- steps: 700", "- data: MNIST training split",
+        "trust_remote_code=True", "class_labels=[0, 1, 2, 0], num_inference_steps=2", "| 2 steps | 50 | 1.25 |",
+    ):  # fmt: skip
         assert text in card
+    snippet = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "p"))
+    compile(snippet, "card", "exec")
+
+
+def test_the_card_invents_nothing(make_teacher, tmp_path):
+    card = (export(make_teacher("SiT"), tmp_path / "p", {"role": "teacher"}) / "README.md").read_text()
+    assert "license: unknown" in card and "None" not in card and "Metrics" not in card
+    assert "is a **teacher**, not distilled" in card
 
 
 def test_foreign_networks_cannot_be_exported(tmp_path):
     foreign = teachers.wrap(torch.nn.Conv2d(1, 1, 1), teachers.EDM, 0.5, (1, 8, 8))
-    with pytest.raises(ValueError, match="not a registered network"):
+    with pytest.raises(ValueError, match="Conv2d was not made by teachers.networks.build"):
         export(foreign, tmp_path / "x")
-    assert not Path(tmp_path / "x").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_network_is_a_diffusers_model(teacher, folder):
+    network = SCMNetwork.from_pretrained(folder, subfolder="network")
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0.2, 1.0]), torch.tensor([0, 1])
+    assert torch.equal(network(x, t, y), teacher(x, t, y)) and not network.training

@@ -25,10 +25,12 @@ def test_guidance_per_sample_is_guidance_at_each_scale(teacher):
 
 def test_guidance_interval_leaves_other_times_alone(teacher):
     plain = teacher(X, T, Y)
-    teacher.guidance_scale, teacher.guidance_interval = 3.0, (1.0, 1.5)
-    guided = teacher(X, T, Y)
-    torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
-    assert (guided[1] - plain[1]).abs().max() > 1e-3
+    teacher.guidance_scale = 3.0
+    for interval, guided, unguided in (((1.0, 1.5), 1, 0), ((0.0, 1.0), 0, 1)):
+        teacher.guidance_interval = interval
+        out = teacher(X, T, Y)
+        torch.testing.assert_close(out[unguided], plain[unguided], rtol=1e-4, atol=1e-5)
+        assert (out[guided] - plain[guided]).abs().max() > 1e-3
 
 
 def test_no_labels_are_the_null_class(teacher):

@@ -179,6 +179,49 @@ def test_group_norm_keeps_dtypes_under_autocast():
     torch.testing.assert_close(out[0].float(), exact, rtol=1e-2, atol=1e-2)
 
 
+def test_song_unet_embeds_time_and_class_like_the_released_weights(make_teacher):
+    """Sines before cosines; one-hot labels times sqrt(label_dim)."""
+    native = make_teacher("SongUNet").native
+    c = torch.tensor([-1.3, 0.7])
+    angles = c[:, None] * 10_000 ** -(torch.arange(8) / 7)
+    emb = torch.cat([angles.sin(), angles.cos()], 1)
+    emb = emb + math.sqrt(3) * native.map_label.weight.T[[0, 2]] + native.map_label.bias
+    expected = F.silu(native.map_layer1(F.silu(native.map_layer0(emb))))
+    torch.testing.assert_close(native.embed(c, torch.eye(3)[[0, 2]], None), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sit_embeds_time_like_the_released_weights(make_teacher):
+    """Cosines before sines, 256 of them, without the last frequency."""
+    embedder = make_teacher("SiT").native.t_embedder
+    t = torch.tensor([0.2, 0.9])
+    angles = t[:, None] * 10_000 ** -(torch.arange(128) / 128)
+    torch.testing.assert_close(embedder(t), embedder.mlp(torch.cat([angles.cos(), angles.sin()], 1)))
+
+
+@pytest.mark.parametrize("double_norm", [False, True])
+def test_sit_block_modulates_in_the_released_order(make_teacher, double_norm):
+    """Shift, scale and gate of the attention, then of the MLP; sCM's double normalisation on request."""
+    block = make_teacher("SiT", double_norm=double_norm).native.blocks[0]
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    unit = (lambda v: v / v.square().mean(1, keepdim=True).sqrt()) if double_norm else (lambda v: v)
+    chunks = (F.silu(c) @ block.adaLN_modulation[1].weight.T + block.adaLN_modulation[1].bias).split(32, dim=1)
+    norm = lambda x: (x - x.mean(2, keepdim=True)) / (x.var(2, keepdim=True, correction=0) + 1e-6).sqrt()  # noqa: E731
+    expected = x
+    for layer, (shift, scale, gate) in ((block.attn, chunks[:3]), (block.mlp, chunks[3:])):
+        inner = norm(expected) * unit(1 + scale)[:, None] + unit(shift)[:, None]
+        expected = expected + gate[:, None] * layer(inner)
+    torch.testing.assert_close(block(x, c), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sit_position_table_is_that_of_released_checkpoints():
+    """Token ``row * size + column``; sine and cosine of the column, then of the row."""
+    table = SiT(6, 2, in_channels=1, hidden_size=16, depth=1, num_heads=2).pos_embed
+    omega = 10_000 ** -(torch.arange(4) / 4)
+    row, column = 2, 1
+    expected = torch.cat([f(place * omega) for place in (column, row) for f in (torch.sin, torch.cos)])
+    torch.testing.assert_close(table[0, row * 3 + column], expected)
+
+
 def test_attention_splits_its_channels_like_the_released_weights():
     """Released order of the 3C outputs is (heads, C / heads, 3)."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import teachers
 from distill.export import export
 from teachers.networks import build
-from teachers.pretrained import time_embedding_speed
+from teachers.pretrained import time_embedding_speed, write_atomically
 
 X, T, Y = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.2]), torch.tensor([0, 2])
 
@@ -229,3 +229,16 @@ def test_released_networks_have_slow_time_embeddings(name, config, speed):
     convention = teachers.EDM if name == "SongUNet" else teachers.SIT
     model = teachers.wrap(build(name, config), convention, 1.0, (4, 4, 4))
     assert time_embedding_speed(model) == pytest.approx(speed, abs=0.005)
+
+
+def test_a_failed_write_changes_nothing(tmp_path):
+    target = tmp_path / "facts.json"
+    target.write_text("old")
+
+    def fill_the_disk(path):
+        path.write_text("half of the n")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="facts.json could not be written: No space left on device"):
+        write_atomically(target, fill_the_disk)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
