@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill.trigflow import expand
 from teachers import Teacher
 
-RNGState = tuple[Tensor, Tensor | None]
+
+class RNGState(NamedTuple):
+    """Where the generators stood that dropout on ``device`` draws from."""
+
+    device: torch.device
+    cpu: Tensor
+    cuda: Tensor | None
 
 
 @torch.no_grad()
@@ -29,15 +36,15 @@ def jvp(function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor,
 def record_rng(device: torch.device) -> RNGState:
     """The state of the generators that dropout draws from on ``device``."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
+    return RNGState(device, torch.get_rng_state(), cuda)
 
 
 @contextmanager
 def replay_rng(state: RNGState) -> Iterator[None]:
     """Draw again what was drawn after ``record_rng``: the same dropout masks in the derivative and in the loss."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, state.device)
     yield
 
 
@@ -70,7 +77,7 @@ def check_jvp(network: Teacher, batch_size: int = 2, seed: int = 0, tolerance: f
         t = torch.full((batch_size,), time, device=device)
         scale = t.cos() * t.sin()
         direction = expand(scale, dx) * dx
-        rng = torch.get_rng_state()
+        rng = record_rng(device)
         tangent = traced_jvp(network, lambda x, s: network(x, s, labels), (x_t, t), (direction, scale))
         wide = [v.double() for v in (x_t, t, direction, scale)]
         expected = finite_difference(lambda x, s: reference(x, s, labels), *wide, rng)
@@ -102,10 +109,12 @@ def traced_jvp(module: nn.Module, function: Callable, primals: tuple, tangents: 
 
 
 @torch.no_grad()
-def finite_difference(function: Callable, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, rng: Tensor, h=1e-5) -> Tensor:
+def finite_difference(
+    function: Callable, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, rng: RNGState, h: float = 1e-5
+) -> Tensor:
     """Central difference along ``(dx, dt)``, both sides with the same dropout masks."""
     sides = []
     for sign in (1, -1):
-        torch.set_rng_state(rng)
-        sides.append(function(x + sign * h * dx, t + sign * h * dt))
+        with replay_rng(rng):
+            sides.append(function(x + sign * h * dx, t + sign * h * dt))
     return (sides[0] - sides[1]) / (2 * h)

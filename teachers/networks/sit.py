@@ -90,13 +90,24 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, double_norm: bool) -> Tens
     return x * (1 + scale)[:, None] + shift[:, None]
 
 
+class Modulation(nn.Sequential):
+    """Shifts, scales and gates from the embedded time and class: the end of the time path, so autocast leaves it be."""
+
+    def __init__(self, dim: int, out_features: int):
+        super().__init__(nn.SiLU(), nn.Linear(dim, out_features))
+
+    def forward(self, c: Tensor) -> Tensor:
+        with torch.autocast(c.device.type, enabled=False):
+            return super().forward(c)
+
+
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool, double_norm: bool):
         super().__init__()
         self.double_norm = double_norm
         self.attn = Attention(dim, num_heads, qk_norm)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = Modulation(dim, 6 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -109,7 +120,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.double_norm = double_norm
         self.linear = nn.Linear(dim, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation = Modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import teachers
@@ -10,11 +11,11 @@ from distill.jvp import ForwardModeError, check_jvp, jvp, record_rng, replay_rng
 from distill.trigflow import expand
 
 
-def rearranged(teacher, time):
+def rearranged(teacher, time, batch_size=4):
     """A noisy batch, its time, and the rearranged tangents along a random velocity."""
     generator = torch.Generator().manual_seed(1)
-    x, v = torch.randn(2, 4, *teacher.sample_shape, generator=generator)
-    t = torch.full((4,), time)
+    x, v = torch.randn(2, batch_size, *teacher.sample_shape, generator=generator)
+    t = torch.full((batch_size,), time)
     scale = t.cos() * t.sin()
     return (x, t), (expand(scale, x) * v, scale)
 
@@ -26,27 +27,57 @@ def times(sigma_data):
 VARIANTS = [
     ("SongUNet", {}),
     ("SiT", {}),
+    ("SiT", {"qk_norm": True}),
+    ("SiT", {"double_norm": True}),
     ("SiT", {"qk_norm": True, "double_norm": True}),
 ]
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-def relative_error(teacher, autocast):
+def relative_error(teacher, autocast, batch_size=4):
     """The worst error of the tangent against fp64, over all times."""
     reference, errors = copy.deepcopy(teacher).double(), []
+    labels = torch.arange(batch_size) % 3
     for time in times(teacher.sigma_data):
-        primals, tangents = rearranged(teacher, time)
+        primals, tangents = rearranged(teacher, time, batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            tangent = jvp(lambda x, t: teacher(x, t, LABELS), primals, tangents)[1]
+            tangent = jvp(lambda x, t: teacher(x, t, labels), primals, tangents)[1]
         wide = [tuple(v.double() for v in pair) for pair in (primals, tangents)]
-        expected = jvp(lambda x, t: reference(x, t, LABELS), *wide)[1]
+        expected = jvp(lambda x, t: reference(x, t, labels), *wide)[1]
         errors.append(((tangent - expected).norm() / expected.norm()).item())
     return max(errors)
 
 
 @pytest.mark.parametrize("kind, changes", VARIANTS)
 def test_fp32_is_exact_at_every_time(make_teacher, kind, changes):
-    assert relative_error(make_teacher(kind, **changes), autocast=False) < 1e-5
+    assert relative_error(with_strong_head(make_teacher(kind, **changes)), autocast=False) < 1e-5
+
+
+@pytest.mark.parametrize("kind, changes", VARIANTS)
+def test_bf16_is_within_two_percent_at_every_time(make_teacher, kind, changes):
+    teacher = with_strong_head(make_teacher(kind, **changes))
+    assert 1e-4 < relative_error(teacher, autocast=True, batch_size=16) < 2e-2  # above 0: autocast was on
+
+
+def with_strong_head(teacher):
+    """A small SiT's output would vanish beside the exact ``x_t`` in ``F``, and its errors with it."""
+    if hasattr(teacher.native, "final_layer"):
+        teacher.native.final_layer.linear.weight.data *= 20
+    return teacher
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
+def test_autocast_leaves_the_time_path_and_the_residual_stream_in_fp32(make_teacher, kind):
+    teacher, dtypes = make_teacher(kind), {}
+    for name, module in teacher.named_modules():
+        module.register_forward_hook(lambda m, args, out, name=name: dtypes.__setitem__(name, out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(*rearranged(teacher, 0.7)[0], LABELS)
+    wide = ("affine", "skip", "map_layer0", "map_layer1", "adaLN_modulation", "t_embedder")
+    blocks = [n for n in dtypes if n.rsplit(".", 1)[0].endswith((".enc", ".dec", ".blocks"))]
+    checked = blocks + [n for n in dtypes if n.endswith(wide)]
+    assert len(checked) > 3 and {dtypes[n] for n in checked} == {torch.float32}
+    assert torch.bfloat16 in dtypes.values()
 
 
 @pytest.mark.parametrize("name", ["mnist-edm", "mnist-flow"])
@@ -70,8 +101,8 @@ def test_the_loss_forward_sees_the_same_dropout_masks(make_teacher):
     primals, tangents = rearranged(teacher, 0.7)
     rng = record_rng(torch.device("cpu"))
     primal, _ = jvp(lambda x, t: teacher(x, t, LABELS), primals, tangents)
-    with replay_rng(rng):
-        torch.testing.assert_close(teacher(*primals, LABELS), primal, rtol=1e-5, atol=1e-6)
+    with replay_rng(rng), sdpa_kernel(SDPBackend.MATH):  # another attention kernel rounds differently
+        assert torch.equal(teacher(*primals, LABELS), primal)
     assert (teacher(*primals, LABELS) - primal).abs().max() > 1e-3
 
 
@@ -132,6 +163,7 @@ def test_checkpointing_is_passed():
     [
         (CustomFunction(), r"cannot pass module 'native.layer' \(CustomFunction\)"),
         (nn.BatchNorm2d(1), r"cannot pass module 'native.layer' \(BatchNorm2d\)"),
+        (Checkpointed(use_reentrant=True), r"cannot pass module 'native.layer' \(Checkpointed\)"),
         (Detached(1, 1, 3, padding=1), "drops or changes tangents"),
     ],
 )

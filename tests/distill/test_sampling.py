@@ -53,6 +53,35 @@ def test_dpmpp_converges_to_the_same_samples(analytic):
     assert analytic.native.calls == sampling.count_evaluations(18, "dpmpp_2m") == 18
 
 
+class GaussianF(nn.Module):
+    """The exact diffusion network of data N(0, s^2), for which the PF-ODE is solved by hand."""
+
+    def __init__(self, s):
+        super().__init__()
+        self.s = nn.Parameter(torch.tensor(s))
+
+    def forward(self, x, time):
+        t, x, s = time.double().view(-1, 1, 1, 1), x.double() * SD, self.s.double()
+        variance = (s * t.cos()).square() + (SD * t.sin()).square()
+        return (t.sin() * t.cos() * (SD**2 - s**2) * x / (variance * SD)).float()
+
+
+@pytest.mark.parametrize("solver, order", [("heun", 2), ("dpmpp_2m", 2)])
+def test_solvers_converge_to_the_closed_form_of_a_gaussian(solver, order):
+    """Along the PF-ODE ``x_sigma / sqrt(s^2 + sigma^2)`` is constant, so noise ``z`` ends at a known place."""
+    s, sigma_max, seeds = 0.3, 20.0, list(range(256))
+    teacher = teachers.wrap(GaussianF(s), teachers.TRIGFLOW, SD, (1, 1, 1))
+    z = torch.stack([torch.randn(1, 1, 1, generator=torch.Generator().manual_seed(i)) for i in seeds]) * SD
+    x = z / math.cos(trigflow.max_time(SD, sigma_max))
+    exact = x * s / math.sqrt(s**2 + sigma_max**2)
+    errors = []
+    for n in (10, 20, 40):
+        end = sampling.sample_teacher(teacher, seeds, None, n, solver, sigma_max=sigma_max)
+        errors.append((end - exact).square().mean().sqrt().item())
+    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(rate > order - 0.4 for rate in rates) and errors[-1] < 5e-3, (errors, rates)
+
+
 def test_teacher_samples_follow_the_data(analytic, mixture):
     x = sampling.sample_teacher(analytic, list(range(2000)), None, 30).flatten(1).double()
     nearest = torch.cdist(x, mixture.means).argmin(1)
@@ -129,6 +158,13 @@ def test_default_times_decrease_from_t_max(steps):
 def test_search_finds_the_best_time():
     times, score = sampling.search_times(lambda times: (times[1] - 0.77) ** 2, [1.56, 1.1], rounds=5)
     assert abs(times[1] - 0.77) < 0.01 and score < 1e-4 and times[0] == 1.56
+
+
+def test_search_moves_every_intermediate_time():
+    best = (1.25, 0.9, 0.35)
+    score = lambda times: sum((a - b) ** 2 for a, b in zip(times[1:], best, strict=True))  # noqa: E731
+    times, value = sampling.search_times(score, [1.56, 1.3, 1.1, 0.6], rounds=5)
+    assert value == score(times) < 1e-3 and times == sorted(times, reverse=True)
 
 
 @pytest.mark.parametrize(

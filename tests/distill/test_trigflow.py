@@ -25,6 +25,14 @@ def test_ddim_step_is_exact_when_the_data_is_one_point():
     torch.testing.assert_close(trigflow.network_output(x_s, X0, T, SD), F)
 
 
+def test_fp64_loses_nothing_at_the_ends():
+    t = torch.atan(torch.tensor([0.002, 80.0, 80.0, 0.002, 1.0], dtype=torch.float64) / SD)
+    x_t = trigflow.perturb(X0, Z, t)
+    F = trigflow.network_output(x_t, X0, t, SD)
+    torch.testing.assert_close(trigflow.consistency_function(x_t, F, t, SD), X0, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(F * SD, trigflow.velocity(X0, Z, t), rtol=1e-9, atol=1e-9)
+
+
 def test_time_maps_invert_each_other():
     sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
     t = trigflow.time_from_sigma(sigma, SD)
