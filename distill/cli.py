@@ -20,7 +20,9 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
     model = from_pretrained(options.source)
     labels = repeat_labels(options.labels, options.num)
-    images = model.sample(options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size)
+    images = model.sample(
+        options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True
+    )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix == ".png":
         save_grid(list(images.split(options.columns)), options.out)
@@ -48,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     model = from_pretrained(options.source)
     steps = options.steps or DEFAULT_STEPS[model.role]
-    scores = model.evaluate(options.num, steps, options.features, options.data, options.seed)
+    scores = model.evaluate(options.num, steps, options.features, options.data, options.seed, progress=True)
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
         teachers.pretrained.write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))

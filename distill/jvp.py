@@ -52,6 +52,20 @@ class ForwardModeError(ValueError):
     """A network that forward-mode AD cannot pass, or whose derivative is wrong; the message names the module."""
 
 
+def probe_jvp(network: Teacher) -> None:
+    """Differentiate ``network`` once, on one random sample, before any training time is spent on it.
+
+    Raises:
+        ForwardModeError: naming the first module without a forward-mode derivative.
+    """
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    x_t, dx = (network.sigma_data * torch.randn(1, *network.sample_shape, generator=generator).to(device) for _ in "xv")
+    t = torch.ones(1, device=device)
+    labels = None if network.num_classes is None else torch.zeros(1, dtype=torch.long, device=device)
+    traced_jvp(network, lambda x, s: network(x, s, labels), (x_t, t), (dx, torch.ones_like(t)))
+
+
 def check_jvp(network: Teacher, batch_size: int = 2, seed: int = 0, tolerance: float = 1e-3) -> float:
     """Compare the derivative along a random direction with central finite differences in fp64.
 

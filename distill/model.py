@@ -1,9 +1,11 @@
 """What ``distill.from_pretrained`` returns: a teacher to distil, or a student, with everything one does to it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import teachers
 from distill.export import export
@@ -44,9 +46,8 @@ class Model:
 
         values = {key.replace("__", "."): value for key, value in overrides.items()}
         parsed = load_recipe(recipe, {**values, "teacher": self.network.source or "in memory"})
-        run(parsed, None if self.network.source else self.network)
-        student = Path(parsed.output_dir) / "student"
-        self.network, self.config = teachers.load(student), teachers.load_config(student)
+        trained = run(parsed, None if self.network.source else self.network)
+        self.network, self.config = trained.network, trained.config
         return self
 
     def sample(
@@ -57,6 +58,7 @@ class Model:
         seed: int = 0,
         guidance_scale: float | None = None,
         batch_size: int = 250,
+        progress: bool = False,
     ) -> Tensor:
         """``(num, C, H, W)`` fp32 in [-1, 1]. Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
 
@@ -64,22 +66,40 @@ class Model:
             num_inference_steps: evaluations of a student (default 2), Heun steps of a teacher (default 18: 35
                 evaluations).
             labels: one class per image; by default they cycle through the classes.
-            guidance_scale: classifier-free guidance of a teacher, or the input of a student distilled over a range.
+            progress: show a progress bar on stderr.
+            guidance_scale: classifier-free guidance of a teacher, or the input of a student distilled over a range
+                (by default the lowest of it).
 
         Raises:
             ValueError: bad numbers of steps, labels or guidance.
         """
-        batches = self.generate(num, num_inference_steps, labels, seed, guidance_scale, batch_size)
+        batches = self.generate(num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress)
         return torch.cat([images for images, _ in batches])
 
-    def generate(self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250):
+    def guidance(self, scale: float | None) -> float | None:
+        """``scale`` checked against what this model was distilled at, or its default."""
+        if self.role == "teacher" or not self.network.accepts_guidance:
+            return scale
+        low, high = self.config.get("guidance_range") or (1.0, float("inf"))
+        scale = low if scale is None else scale
+        if not low <= scale <= high:
+            raise ValueError(f"this student takes a guidance_scale from {low} to {high}, got {scale}")
+        return scale
+
+    def generate(
+        self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """:meth:`sample` as an iterator over batches of images and labels."""
         steps = DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
         times = self.config.get("sampling", {}).get(str(steps))
-        return generate(
+        batches = generate(
             self.network, num, num_inference_steps=steps, role=self.role, labels=labels, seed=seed,
-            batch_size=batch_size, times=times, guidance=guidance_scale,
+            batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale),
         )  # fmt: skip
+        with tqdm(total=num, desc=f"{self.role}, {steps} steps", unit="image", disable=not progress) as bar:
+            for images, used in batches:
+                yield images, used
+                bar.update(len(images))
 
     def evaluate(
         self,
@@ -88,12 +108,13 @@ class Model:
         features: str = "MNIST-CNN",
         data: str = "mnist",
         seed: int = 0,
+        progress: bool = False,
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``."""
         from distill.evaluation import build_reference, evaluate
 
         reference = build_reference(data, features, self.network.sample_shape[0])
-        return evaluate(self.generate(num, num_inference_steps, seed=seed), reference)
+        return evaluate(self.generate(num, num_inference_steps, seed=seed, progress=progress), reference)
 
     def export(self, folder: str | Path) -> Path:
         """Write a diffusers pipeline folder; see :func:`distill.export.export`."""

@@ -81,7 +81,8 @@ class SCMPipeline(DiffusionPipeline):
             class_labels: one class for all images, or one per image; by default they cycle through the classes.
             num_inference_steps: network evaluations, 1 to 8.
             timesteps: sampling times in radians, decreasing, in place of ``num_inference_steps`` and its defaults.
-            guidance_scale: for a network that takes the guidance scale as an input, and only there.
+            guidance_scale: for a network that takes the guidance scale as an input, and only there; by default the
+                lowest that it was distilled at.
             generator: on the CPU, where all noise is drawn. One generator seeds every image on its own, so that image
                 ``i`` does not depend on the batch size; a list gives image ``i`` its generator; by default torch's
                 global one is used.
@@ -158,10 +159,11 @@ class SCMPipeline(DiffusionPipeline):
                 fixed = "fixed" if config.guidance_scale is None else f"fixed at {config.guidance_scale}"
                 raise ValueError(f"the guidance scale of this student is {fixed}; it takes no guidance_scale")
             return None
-        low, high = config.guidance_range or (-float("inf"), float("inf"))
-        if guidance_scale is None or not low <= guidance_scale <= high:
-            raise ValueError(f"this student needs a guidance_scale from {low} to {high}, got {guidance_scale}")
-        return torch.full((num,), float(guidance_scale), device=self._execution_device)
+        low, high = config.guidance_range or (1.0, float("inf"))
+        scale = low if guidance_scale is None else guidance_scale
+        if not low <= scale <= high:
+            raise ValueError(f"this student takes a guidance_scale from {low} to {high}, got {guidance_scale}")
+        return torch.full((num,), float(scale), device=self._execution_device)
 
     def prepare_times(self, num_inference_steps: int, timesteps: list[float] | None) -> list[float]:
         """Sampling times in radians: those given, those found for this student, or the defaults."""

@@ -88,7 +88,7 @@ class Recipe:
     train_batch_size: int  # per process and accumulation step
     sample_shape: list[int]  # [C, H, W]
     num_classes: int | None = None
-    teacher: str | None = None  # bundled name, file or folder; distillation and training start from it
+    teacher: str | None = None  # bundled name, file or folder that the run starts from
     network: NetworkConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
@@ -244,8 +244,10 @@ def parse_recipe(values: dict, where: str) -> Recipe:
 
 def check_consistency(recipe: Recipe, where: str) -> None:
     """Rules between keys."""
-    if recipe.objective == "diffusion" and recipe.network is None:
-        raise ValueError(f"{where}: objective diffusion trains a network from scratch and needs the key network")
+    if recipe.objective == "diffusion" and (recipe.network is None) == (recipe.teacher is None):
+        raise ValueError(
+            f"{where}: objective diffusion needs exactly one of network (trained from scratch) and teacher (continued)"
+        )
     if recipe.objective != "diffusion" and recipe.teacher is None:
         raise ValueError(f"{where}: objective {recipe.objective} needs the key teacher")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,50 +16,51 @@ import torch
 from distill import visual
 from distill.data import load_images
 from distill.evaluation import build_reference, evaluate, format_table
+from distill.jvp import check_jvp
 from distill.model import Model, from_pretrained
 from distill.recipe import Recipe, load_recipe, parse_overrides
-from distill.trainer import Trainer, TrainingError, build_student, build_teacher, save_student
-from teachers import Teacher, load, load_config
+from distill.trainer import Trainer, TrainingError, build_student, build_teacher, save_model, trained_model
+from teachers import Teacher
+from teachers.networks import is_registered
 from teachers.pretrained import write_atomically
 
 
-def run(recipe: Recipe, teacher: Teacher | None = None) -> dict[str, dict]:
-    """Train by a recipe, then write the student, its exported pipeline, a sample grid and a metrics table.
+def run(recipe: Recipe, teacher: Teacher | None = None) -> Model:
+    """Train by a recipe, then write the student, a sample grid, a metrics table and, of a student, its pipeline.
 
-    Everything lands in ``recipe.output_dir``. Returns the table's rows (empty on other than the main process).
+    Everything lands in ``recipe.output_dir``. Returns the trained model; its ``config["metrics"]`` holds the table's
+    rows (main process).
     """
-    start = time.perf_counter()
     trainer = Trainer(recipe, teacher)
     trainer.train()
+    model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
-        return {}
-    seconds = time.perf_counter() - start
-    folder = trainer.output_dir / "student"
-    save_student(trainer, folder)
-    rows = report(recipe, Model(load(folder), load_config(folder)), trainer.teacher, seconds)
-    student = from_pretrained(folder)
-    student.config["metrics"] = rows
-    student.export(trainer.output_dir / "pipeline")
-    print(f"\nresults in {trainer.output_dir}: grid.png metrics.md metrics.json curves.png student/ pipeline/")
-    return rows
+        return model
+    written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
+    save_model(model, trainer.output_dir / "student")
+    model.config["metrics"] = report(recipe, model, trainer.teacher)
+    if model.role == "student" and is_registered(model.network.native):
+        model.export(trainer.output_dir / "pipeline")
+        written.append("pipeline/")
+    print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
+    return model
 
 
-def report(recipe: Recipe, student: Model, teacher: Teacher | None, seconds: float) -> dict[str, dict]:
+def report(recipe: Recipe, student: Model, teacher: Teacher | None) -> dict[str, dict]:
     """Grid and table of the trained network beside its teacher and the students the recipe names."""
     e, output = recipe.evaluation, Path(recipe.output_dir)
     trained = "this run" if teacher is not None else "trained network"
-    entries = [(trained, student, seconds / 60)]
-    entries += [(name, from_pretrained(name), training_minutes(name)) for name in e.also]
+    entries = [(trained, student), *((name, from_pretrained(name)) for name in e.also)]
     grid, rows = {}, {}
     if teacher is not None and e.teacher_steps:
         title = f"teacher, {2 * e.teacher_steps - 1} NFE"
-        teacher_model = Model(teacher.cpu(), {"role": "teacher"})
+        teacher_model = Model(teacher, {"role": "teacher"})
         grid[title], rows[title] = sample_and_score(recipe, teacher_model, e.teacher_steps)
-    for name, model, minutes in entries:
+    for name, model in entries:
         for n in e.num_inference_steps if model.role == "student" else [e.teacher_steps]:
             title = f"{name}, {n} step{'s' * (n > 1)}"
             grid[title], rows[title] = sample_and_score(recipe, model, n)
-            rows[title]["training (min)"] = minutes
+            rows[title]["training (min)"] = model.config.get("training", {}).get("minutes")
     visual.labelled_grid(grid, output / "grid.png", "the same noise, teacher and students")
     table = format_table(rows)
     text = f"{table}\n\nSeed {recipe.seed}; features: {e.features}; reference: training split of {recipe.data.source}.\n"
@@ -68,43 +70,69 @@ def report(recipe: Recipe, student: Model, teacher: Teacher | None, seconds: flo
     return rows
 
 
-def training_minutes(name: str) -> float | None:
-    return load_config(name).get("training", {}).get("minutes")
-
-
 def sample_and_score(recipe: Recipe, model: Model, steps: int) -> tuple[torch.Tensor, dict]:
     """The first 20 images of ``evaluation.num_samples`` and the scores of all."""
     e = recipe.evaluation
     start = time.perf_counter()
-    batches = list(model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size))
+    batches = list(model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size, progress=True))
     milliseconds = (time.perf_counter() - start) / e.num_samples * 1000
     source = "mnist" if recipe.data.source == "teacher" else recipe.data.source
     scores = evaluate(batches, build_reference(source, e.features, recipe.sample_shape[0]))
-    images = torch.cat([x for x, _ in batches[: 1 + 20 // e.batch_size]])[:20]
+    images = torch.cat([x for x, _ in batches[: 1 + 20 // e.batch_size]])[:20].cpu()
     return images, {**scores, "ms/image": milliseconds}
 
 
 def check(recipe: Recipe) -> str:
-    """Validate a recipe without training: files, shapes, one forward pass on one sample, and a memory estimate."""
+    """Validate a recipe without training: files, shapes, the network's derivative, and a memory estimate."""
     teacher = build_teacher(recipe)
     student = build_student(recipe, teacher)
     if recipe.data.source != "teacher":
         shape = list(load_images(recipe.data, recipe.sample_shape[0])[0][0].shape)
         if shape != recipe.sample_shape:
             raise ValueError(f"images of {recipe.data.source!r} have shape {shape}, the recipe wants {recipe.sample_shape}")
-    labels = None if recipe.num_classes is None else torch.zeros(1, dtype=torch.long)
-    with torch.no_grad():
-        student(torch.zeros(1, *recipe.sample_shape), torch.ones(1), labels)
+    jvp_error = None
+    if teacher is not None and recipe.discrete_steps is None:
+        jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments, and per EMA and teacher one more copy; activations come on top.
-    copies = 4 + len(recipe.ema) + (teacher is not None)
+    # Weights, gradients, two Adam moments, and per EMA and teacher one more copy.
+    state = parameters * 4 * (4 + len(recipe.ema) + (teacher is not None))
+    activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
         f"network: {type(student.native).__name__}, {parameters:,} parameters",
-        f"memory for weights, gradients, optimizer, EMA, teacher: {parameters * 4 * copies / 2**20:.0f} MiB "
-        "(activations come on top)",
+        f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
+        f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]
+    if jvp_error is not None:
+        lines.append(f"derivative along the PF-ODE: within {jvp_error:.0e} of finite differences")
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))
+
+
+def activation_bytes(student: Teacher, mixed_precision: str) -> int:
+    """What one sample's forward pass keeps for the backward pass, measured on the CPU; weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    labels = None if student.num_classes is None else torch.zeros(1, dtype=torch.long)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+        result = student(torch.zeros(1, *student.sample_shape), torch.ones(1), labels)  # keeps the graph until counted
+    del result
+    return sum(kept.values())
+
+
+def use_all_cores() -> None:
+    """Undo what ``accelerate launch`` does to a single process on CPUs: one thread unless told otherwise."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+        torch.set_num_threads(len(allowed(0)) if allowed else os.cpu_count())
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -120,6 +148,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = parse_arguments(arguments)
+    use_all_cores()
     torch.set_flush_denormal(True)  # denormals slow small networks on CPUs down, up to ten times
     try:
         recipe = load_recipe(options.recipe, parse_overrides(options.overrides))

@@ -64,7 +64,7 @@ def sample_student(
     Args:
         labels: ``(N,)``; required for a class-conditional student.
         times: sampling times in radians instead of the defaults of :func:`student_times`.
-        guidance: guidance scale, only for a student that takes it as an input.
+        guidance: guidance scale, of a student that takes it as an input and only there.
 
     Raises:
         ValueError: bad times, labels or guidance, each with what is allowed.
@@ -72,6 +72,8 @@ def sample_student(
     labels = check_condition(student, labels, len(seeds))
     if guidance is not None and not student.accepts_guidance:
         raise ValueError("this student was distilled at a fixed guidance scale; it takes no guidance_scale")
+    if guidance is None and student.accepts_guidance:
+        raise ValueError("this student takes the guidance scale as an input and needs a guidance_scale")
     times = student_times(num_inference_steps, student.sigma_data) if times is None else times
     check_times(times)
     scale = None if guidance is None else torch.full((len(seeds),), float(guidance), device=device_of(student))
@@ -116,13 +118,15 @@ def sigma_grid(num_inference_steps: int, sigma_min=0.002, sigma_max=80.0, rho=7.
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
-def denoiser(model: Teacher, labels: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """EDM's ``D(x_sigma, sigma)`` of a model, for ``x_sigma = x_t / cos(t)`` and a scalar ``sigma``."""
+def denoiser(model: Teacher, labels: Tensor | None, guidance: float | None = None) -> Callable:
+    """EDM's ``D(x_sigma, sigma)`` of a model, for ``x_sigma = x_t / cos(t)`` and a scalar ``sigma``; ``guidance`` in
+    place of the model's own scale.
+    """
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         t = trigflow.time_from_sigma(sigma, model.sigma_data).expand(len(x)).to(x.device)
         x_t = x * t[0].cos().to(x.dtype)
-        F = model(x_t, t, labels)
+        F = model(x_t, t, labels, None if guidance is None else torch.full_like(t, guidance))
         return trigflow.consistency_function(x_t, F, t, model.sigma_data).to(x.dtype)
 
     return denoise
@@ -175,10 +179,12 @@ def sample_teacher(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    guidance: float | None = None,
 ) -> Tensor:
     """Deterministic samples ``(N, C, H, W)`` fp32, not clamped, from the noise that a student with these seeds gets.
 
-    ``heun`` with 18 steps is 35 evaluations. Raises ``ValueError`` on an unknown solver, bad steps or labels.
+    ``heun`` with 18 steps is 35 evaluations; ``guidance`` replaces the teacher's ``guidance_scale``. Raises
+    ``ValueError`` on an unknown solver, bad steps or labels.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
@@ -187,7 +193,7 @@ def sample_teacher(
     z = seeded_noise(teacher, seeds)()
     x = z / math.cos(trigflow.max_time(teacher.sigma_data, sigma_max))
     with evaluation_mode(teacher):
-        return SOLVERS[solver](denoiser(teacher, labels), x, sigmas)
+        return SOLVERS[solver](denoiser(teacher, labels, guidance), x, sigmas)
 
 
 @torch.no_grad()
@@ -222,6 +228,7 @@ def generate(
     Args:
         role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
         labels: one per image; by default they cycle through the classes.
+        guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
     """
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
@@ -231,7 +238,7 @@ def generate(
         part = slice(start, start + batch_size)
         y = None if labels is None else labels[part]
         if role == "teacher":
-            images = sample_teacher(model, seeds[part], y, num_inference_steps, solver)
+            images = sample_teacher(model, seeds[part], y, num_inference_steps, solver, guidance=guidance)
         else:
             images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
         yield images.clamp(-1, 1), y

@@ -18,13 +18,15 @@ from distill import checkpoint as ckpt
 from distill.data import StepSampler, training_data, training_loader
 from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, rising_at_small_t
+from distill.jvp import probe_jvp
+from distill.model import Model
 from distill.objectives.scm import Loss, build_objective
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.sampling import generate
 from distill.visual import plot_curves, save_grid
-from teachers import PRESETS, Parameterization, Teacher, load, save_pretrained
-from teachers.networks import build
-from teachers.pretrained import write_atomically
+from teachers import PRESETS, Parameterization, Teacher, load, load_config
+from teachers.networks import build, is_registered
+from teachers.pretrained import model_config, write_atomically, write_model, write_weights
 
 
 class TrainingError(RuntimeError):
@@ -39,14 +41,10 @@ def build_teacher(recipe: Recipe) -> Teacher | None:
     """
     if recipe.objective == "diffusion":
         return None
-    teacher = load(recipe.teacher).requires_grad_(False)
-    for key in ("sample_shape", "num_classes", "sigma_data"):
-        own, asked = getattr(teacher, key), getattr(recipe, key)
-        own = list(own) if isinstance(own, tuple) else own
-        if own != asked:
-            raise ValueError(f"teacher {recipe.teacher!r} has {key} {own}, the recipe says {asked}")
-    if not isinstance(recipe.guidance_scale, list):
-        teacher.guidance_scale = recipe.guidance_scale
+    teacher = load_fitting(recipe).requires_grad_(False)
+    scale = recipe.guidance_scale
+    # Over a range the objective passes its own scales; validation looks at the lowest.
+    teacher.guidance_scale = scale[0] if isinstance(scale, list) else scale
     if recipe.guidance_scale != 1.0 and teacher.num_classes is None:
         raise ValueError(f"teacher {recipe.teacher!r} is unconditional and cannot be guided; remove guidance_scale")
     if recipe.guidance_interval:
@@ -54,10 +52,32 @@ def build_teacher(recipe: Recipe) -> Teacher | None:
     return teacher
 
 
+def load_fitting(recipe: Recipe) -> Teacher:
+    """The recipe's pretrained network.
+
+    Raises:
+        FileNotFoundError: it is not there; with the recipe's notes, which may say where to get it.
+        ValueError: its samples are not those of the recipe.
+    """
+    try:
+        teacher = load(recipe.teacher)
+    except FileNotFoundError as error:
+        notes = f" ({recipe.notes})" if recipe.notes else ""
+        raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None
+    for key in ("sample_shape", "num_classes", "sigma_data"):
+        own, asked = getattr(teacher, key), getattr(recipe, key)
+        own = list(own) if isinstance(own, tuple) else own
+        if own != asked:
+            raise ValueError(f"teacher {recipe.teacher!r} has {key} {own}, the recipe says {asked}")
+    return teacher
+
+
 def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
-    """The network to train: a copy of the teacher, or a new one for objective ``diffusion``."""
+    """The network to train: a copy of the teacher; for objective ``diffusion`` a new one, or the teacher itself."""
     if teacher is not None:
         student = teacher.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+    elif recipe.network is None:
+        student = load_fitting(recipe).student()
     else:
         n = recipe.network
         named = isinstance(n.parameterization, str)
@@ -68,6 +88,8 @@ def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
             build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
             n.label_format,
         )  # fmt: skip
+    if recipe.objective == "diffusion" and recipe.label_dropout and student.num_classes is not None:
+        student.require_null_class()
     set_dropout(student.native, recipe.dropout)
     return student
 
@@ -135,13 +157,16 @@ class Trainer:
                 network, weighting, optimizer
             )
         # The derivative needs the bare network; it keeps the autocast that prepare added.
-        self.network = self.accelerator.unwrap_model(self.prepared)
+        self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
         self.network.train(recipe.dropout > 0)
+        if recipe.objective != "diffusion" and recipe.discrete_steps is None:
+            probe_jvp(self.network)
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
         self.endpoint: EndpointError | None = None
         self.endpoint_history: list[dict[float, float]] = []
         self.stop_requested = False
+        self.start, self.earlier_seconds = time.perf_counter(), 0.0
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -156,6 +181,11 @@ class Trainer:
         """The averaged network of the first EMA."""
         return self.emas[0].network
 
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training so far, over all the runs it was resumed in."""
+        return self.earlier_seconds + time.perf_counter() - self.start
+
     def modules(self) -> dict[str, nn.Module]:
         """Every module whose weights a checkpoint holds, by file name."""
         modules = {"network": self.network.native}
@@ -169,7 +199,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         errors = [list(e.values()) for e in self.endpoint_history]
-        state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors}
+        state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors, "seconds": self.seconds}
         return ckpt.save_checkpoint(
             self.output_dir, self.step, self.modules(), self.optimizer, state, self.recipe.checkpoints_total_limit
         )
@@ -182,7 +212,7 @@ class Trainer:
         if path is None:
             return
         state = ckpt.load_checkpoint(path, self.modules(), self.optimizer)
-        self.step, self.nonfinite = state["step"], state["nonfinite"]
+        self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
         self.endpoint_history = [dict(zip(TIMES, errors, strict=True)) for errors in state["endpoint_history"]]
         self.print(f"resumed from {path} at step {self.step}")
 
@@ -336,8 +366,8 @@ class Trainer:
 
     @property
     def validation_guidance(self) -> float | None:
-        """For a student with a guidance input: the scale its teacher has in the endpoint error, 1."""
-        return 1.0 if isinstance(self.recipe.guidance_scale, list) else None
+        """For a student with a guidance input: the scale its teacher has in the endpoint error."""
+        return self.teacher.guidance_scale if isinstance(self.recipe.guidance_scale, list) else None
 
     def validate(self, log: "MetricsLog") -> None:
         """Endpoint error, sample grid and curves from the averaged weights (main process)."""
@@ -401,15 +431,30 @@ class MetricsLog:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
 
-def save_student(trainer: Trainer, folder: Path) -> None:
-    """Write a finished run's network as a model folder with everything a card says about it."""
-    recipe = trainer.recipe
-    facts = {
+def trained_model(trainer: Trainer) -> Model:
+    """A finished run's averaged network with everything a card says about it."""
+    recipe, network = trainer.recipe, trainer.student
+    training = {
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
-        "seed": recipe.seed, "data": recipe.data.source,
+        "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),
     }  # fmt: skip
-    extra = {"training": facts}
+    extra = {"training": training}
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
         extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
-    save_pretrained(trainer.student, folder, "teacher" if recipe.objective == "diffusion" else "student", **extra)
+        if network.source:  # weights derived from the teacher's are under its licence
+            training["license"] = load_config(network.source).get("training", {}).get("license", "unknown")
+    role = "teacher" if recipe.objective == "diffusion" else "student"
+    if is_registered(network.native):
+        return Model(network, model_config(network, role, **extra))
+    return Model(network, {"role": role, **network.metadata(), **extra})
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Write a model folder; of a network that only its owner can build again, the weights alone."""
+    if is_registered(model.network.native):
+        write_model(folder, model.network, model.config)
+        model.network.source = str(folder)
+    else:
+        write_weights(folder, model.network)
+        model.network.source = None

@@ -111,6 +111,7 @@ class Teacher(nn.Module):
             raise ValueError(f"{self.source or 'this model'} is unconditional and cannot be guided")
         if labels is None:
             raise ValueError("classifier-free guidance needs labels, got none")
+        self.require_null_class()
         null = torch.full_like(labels, self.num_classes)
         both = self.evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
         conditional, unconditional = both.chunk(2)
@@ -123,14 +124,25 @@ class Teacher(nn.Module):
     def native_labels(self, labels: Tensor | None, batch: int, device) -> Tensor:
         """Labels as the native network wants them."""
         if labels is None:
+            self.require_null_class()
             labels = torch.full((batch,), self.num_classes, device=device)
         return LABEL_FORMATS[self.label_format](labels, self.num_classes)
+
+    def require_null_class(self) -> None:
+        """Raise ``ValueError`` for a network that says it was built without one (``null_class`` is false)."""
+        if not getattr(self.native, "null_class", True):
+            raise ValueError(
+                f"{self.source or 'this model'} was trained without label dropout: it has no null class, so it always "
+                "needs labels and cannot be guided"
+            )
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ``ValueError`` unless every label is a class, or ``num_classes`` for the null class."""
         if self.num_classes is None:
             raise ValueError(f"{self.source or 'this model'} is unconditional and takes no labels")
         bad = labels[(labels < 0) | (labels > self.num_classes)]
+        if (labels == self.num_classes).any():
+            self.require_null_class()
         if len(bad):
             last = self.num_classes - 1
             raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {last}")

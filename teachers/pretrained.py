@@ -182,12 +182,20 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
         ValueError: for a network that is not one of ours and could not be rebuilt from a config.
         OSError: for example a full disk; a model that was there before stays whole.
     """
-    config = model_config(model, role, **extra)
-    folder = Path(folder)
+    write_model(Path(folder), model, model_config(model, role, **extra))
+
+
+def write_model(folder: Path, model: Teacher, config: dict) -> None:
+    """A model folder from a model and its whole ``config.json``."""
+    write_weights(folder, model)
+    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def write_weights(folder: Path, model: Teacher) -> None:
+    """The native network's weights in fp32, under the names of its own state dict."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().cpu().float().contiguous() for key, value in model.native.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def model_config(model: Teacher, role: str, **extra) -> dict:

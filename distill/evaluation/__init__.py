@@ -1,13 +1,18 @@
 """Scores of generated images against real ones, each with the score of unseen real images beside it."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+from huggingface_hub import cached_assets_path
+from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.data import as_tensors, load_images
+from distill.data import Images, as_tensors, load_images
 from distill.evaluation.features import FeatureExtractor, load_features
 from distill.evaluation.metrics import (
     FeatureStatistics,
@@ -18,6 +23,7 @@ from distill.evaluation.metrics import (
 )
 from distill.evaluation.table import format_table
 from distill.recipe import DataConfig
+from teachers.pretrained import read_safetensors, write_atomically
 
 __all__ = ["Reference", "build_reference", "evaluate", "format_table"]
 
@@ -37,10 +43,14 @@ class Reference:
     rows: Tensor  # (<= PAIRWISE_SAMPLES, D), in random order
     held_out: Tensor  # (N, D), in random order
     held_out_hits: Tensor | None  # (N,) whether the classifier sees the true class
+    floors: dict[int, dict] = field(default_factory=dict)  # scores of real images by their number, once computed
 
     def floor(self, num: int) -> dict:
         """Scores of ``num`` held-out real images (all of them if there are fewer)."""
-        return self.score(self.held_out[:num], None if self.held_out_hits is None else self.held_out_hits[:num])
+        if num not in self.floors:
+            hits = None if self.held_out_hits is None else self.held_out_hits[:num]
+            self.floors[num] = self.score(self.held_out[:num], hits)
+        return self.floors[num]
 
     def score(self, features: Tensor, hits: Tensor | None) -> dict:
         """Every metric of ``features`` ``(N, D)``. The all-pairs metrics compare equally many on both sides."""
@@ -79,15 +89,53 @@ def extract(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None) 
 
 @lru_cache(maxsize=4)
 def build_reference(source: str = "mnist", features: str | FeatureExtractor = "MNIST-CNN", channels: int = 1):
-    """The :class:`Reference` of a data source that has ``train`` and ``test`` splits."""
+    """The :class:`Reference` of a data source that has ``train`` and ``test`` splits.
+
+    What was extracted is kept in Hugging Face's cache folder (``HF_HOME``) and read from there the next time.
+    """
     extractor = load_features(features)
-    parts = {}
-    for split in ("train", "test"):
-        images, labels = as_tensors(load_images(DataConfig(source, split), channels))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        parts[split] = extract(extractor, images[order], labels[order])
-    train, (held_out, hits) = parts["train"][0], parts["test"]
-    return Reference(extractor, FeatureStatistics().update(train), train[:PAIRWISE_SAMPLES], held_out, hits)
+    splits = [load_images(DataConfig(source, split), channels) for split in ("train", "test")]
+    path = cache_path(extractor, channels, splits)
+    if path is None:
+        tensors = extract_reference(extractor, *splits)
+    elif path.exists():
+        tensors = read_safetensors(path)
+    else:
+        tensors = extract_reference(extractor, *splits)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    statistics = FeatureStatistics()
+    statistics.count = int(tensors["count"])
+    statistics.total, statistics.outer = tensors["total"], tensors["outer"]
+    return Reference(extractor, statistics, tensors["rows"], tensors["held_out"], tensors.get("held_out_hits"))
+
+
+def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images]) -> Path | None:
+    """Where these features of these images are kept; ``None`` for an extractor that does not say what it is."""
+    if extractor.version is None:
+        return None
+    # A fingerprint of datasets holds each file's path, size and date.
+    facts = [extractor.name, extractor.version, channels, PAIRWISE_SAMPLES, *(images.rows._fingerprint for images in splits)]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return cached_assets_path("scm-distill", "references", extractor.name) / f"{digest[:16]}.safetensors"
+
+
+def extract_reference(extractor: FeatureExtractor, train: Images, test: Images) -> dict[str, Tensor]:
+    """What a :class:`Reference` holds, as tensors by name."""
+    features, _ = extract(extractor, *shuffled(train))
+    held_out, hits = extract(extractor, *shuffled(test))
+    statistics = FeatureStatistics().update(features)
+    tensors = {
+        "count": torch.tensor(statistics.count), "total": statistics.total, "outer": statistics.outer,
+        "rows": features[:PAIRWISE_SAMPLES].clone(), "held_out": held_out,
+    }  # fmt: skip
+    return tensors if hits is None else {**tensors, "held_out_hits": hits}
+
+
+def shuffled(images: Images) -> tuple[Tensor, Tensor]:
+    """All images and labels, in one fixed random order."""
+    pixels, labels = as_tensors(images)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    return pixels[order], labels[order]
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], reference: Reference) -> dict:

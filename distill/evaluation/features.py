@@ -1,5 +1,6 @@
 """Feature extractors that metrics are computed on. A score is only comparable with scores on the same features."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +16,14 @@ from teachers.pretrained import load_tensors, read_safetensors
 class FeatureExtractor:
     """``extract`` maps images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``; ``classify`` to class indices.
 
-    ``name`` stands in front of every score: scores on different features are not comparable.
+    ``name`` stands in front of every score: scores on different features are not comparable. ``version`` says which
+    weights they are; features of real images are kept on disk by name and version, and without one not at all.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
+    version: str | None = None
 
 
 def mnist_cnn() -> FeatureExtractor:
@@ -28,7 +31,8 @@ def mnist_cnn() -> FeatureExtractor:
     model = MNISTClassifier().eval().requires_grad_(False)
     path = ASSETS / "mnist-cnn.safetensors"
     load_tensors(model, read_safetensors(path), str(path))
-    return FeatureExtractor("MNIST-CNN", model.features, lambda images: model(images).argmax(1))
+    version = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FeatureExtractor("MNIST-CNN", model.features, lambda images: model(images).argmax(1), version)
 
 
 def pixels() -> FeatureExtractor:

@@ -145,14 +145,16 @@ class Consistency:
         # The loss forward must see the dropout masks that the derivative saw.
         rng = record_rng(x0.device) if network.training else None
         if self.grid is None:
-            F_old, g = self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
+            g = self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
         else:
-            F_old, g = self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
+            g = self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
         tangent_norm = mean_square(g).sqrt()
         g = normalize_tangent(g, p.tangent)
         with replay_rng(rng) if rng else nullcontext():
             F = student(x_t, t, labels, guidance)
-        error = mean_square(F - (F_old + g))
+        # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
+        # compiled code that difference is as large as g.
+        error = mean_square(F - (F.detach() + g))
         logs = {"tangent_norm": tangent_norm.mean(), "squared_error": error.detach().mean()}
         return Loss(weighted_loss(error, t, self.weighting), logs)
 
@@ -178,19 +180,19 @@ class Consistency:
             return trigflow.velocity(x0, z, t)
         return self.recipe.sigma_data * self.teacher(x_t, t, labels, guidance)
 
-    def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> tuple[Tensor, Tensor]:
-        """``F`` and ``g`` by forward-mode differentiation along the PF-ODE."""
+    def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> Tensor:
+        """``g`` by forward-mode differentiation along the PF-ODE."""
         cos_sin = t.cos() * t.sin()
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
         F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
         if not self.recipe.tangent.rearrangement:
             dF = trigflow.expand(cos_sin, x_t) * dF
-        return F, consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
+        return consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
 
     @torch.no_grad()
-    def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> tuple[Tensor, Tensor]:
-        """``F`` and ``g`` from one DDIM step of the teacher, ``g = cos(t) (f(x_t, t) - f(x_t', t')) / sin(t - t')``
+    def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> Tensor:
+        """``g`` from one DDIM step of the teacher, ``g = cos(t) (f(x_t, t) - f(x_t', t')) / sin(t - t')``
         with the warm-up of appendix E.
         """
         sd = self.recipe.sigma_data
@@ -202,7 +204,7 @@ class Consistency:
         step = t - t_next
         slope = (step.cos() * F - F_next) / step.sin()
         g = -t_next.cos() * (sd * F - dx_dt) - r * t_next.sin() * (x_t + sd * slope)
-        return F, t.cos() * g
+        return t.cos() * g
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

@@ -162,6 +162,7 @@ class SiT(nn.Module):
         self.in_channels, self.patch_size, self.grid = in_channels, patch_size, input_size // patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.num_classes = num_classes
+        self.null_class = class_dropout_prob > 0
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
@@ -196,6 +197,8 @@ class SiT(nn.Module):
     def embed(self, t: Tensor, y: Tensor | None, guidance: Tensor | None) -> Tensor:
         c = self.t_embedder(t)
         if self.y_embedder is not None:
+            if y is None and not self.null_class:
+                raise ValueError("this network was trained without label dropout, has no null class and needs labels")
             y = torch.full((len(t),), self.num_classes, device=t.device) if y is None else y
             c = c + self.y_embedder(y)
         if self.g_embedder is not None and guidance is not None:

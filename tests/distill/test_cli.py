@@ -106,10 +106,30 @@ def test_recipe_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-@pytest.mark.parametrize("recipe", [str(p) for p in sorted((ROOT / "recipes").rglob("*.yaml"))])
+ELSEWHERE = {"cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s"}
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [str(p) for p in RECIPES if p.name not in ELSEWHERE])
 def test_check_passes_every_recipe_and_trains_nothing(recipe, capsys, tmp_path):
     assert run.main([recipe, "--check", f"output_dir={tmp_path / 'run'}"]) == 0
-    assert "recipe is valid" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    printed = capsys.readouterr().out
+    assert "recipe is valid" in printed and "for activations" in printed and not list(tmp_path.iterdir())
+    assert ("derivative along the PF-ODE" in printed) == ("teachers/" not in recipe)
+
+
+@pytest.mark.parametrize("recipe, teacher", ELSEWHERE.items())
+def test_a_recipe_for_a_teacher_that_is_not_here_says_which(recipe, teacher, capsys):
+    assert run.main([recipe, "--check"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no model {teacher!r}" in error and "not run here" in error
+
+
+def test_activations_are_counted(make_teacher):
+    narrow, wide = make_teacher("SiT"), make_teacher("SiT", depth=4)
+    one, two = (run.activation_bytes(t, "no") for t in (narrow, wide))
+    assert 1.5 * one < two < 2.1 * one  # the blocks hold nearly everything
+    assert run.activation_bytes(narrow, "bf16") < one
 
 
 def test_the_main_job_end_to_end(tmp_path):

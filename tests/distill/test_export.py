@@ -13,6 +13,7 @@ import distill
 import teachers
 from distill.export import CODE, carried_code, export
 from distill.pipeline import SCMNetwork, SCMPipeline
+from distill.sampling import sample_student
 from teachers.networks import build
 
 LABELS = [2, 0, 1, 1, 0]
@@ -255,9 +256,15 @@ def test_guidance_as_an_input(make_teacher, tmp_path, kind):
         check_same(images, student, 2, guidance_scale=scale)
     weak, strong = (pipe(2, guidance_scale=s, generator=seeded(), output_type="pt").images for s in (1.0, 3.0))
     assert (weak - strong).abs().max() > 1e-3
-    for scale in (None, 7.0):
-        with pytest.raises(ValueError, match=f"needs a guidance_scale from 1.0 to 3.0, got {scale}"):
-            pipe(2, guidance_scale=scale)
+    assert torch.equal(pipe(2, generator=seeded(), output_type="pt").images, weak)  # the lowest is the default
+    model = distill.Model(student, {"role": "student", "guidance_range": [1.0, 3.0]})
+    assert torch.equal(model.sample(2), model.sample(2, guidance_scale=1.0))
+    with pytest.raises(ValueError, match="takes a guidance_scale from 1.0 to 3.0, got 7.0"):
+        pipe(2, guidance_scale=7.0)
+    with pytest.raises(ValueError, match="takes a guidance_scale from 1.0 to 3.0, got 7.0"):
+        model.sample(2, guidance_scale=7.0)
+    with pytest.raises(ValueError, match="needs a guidance_scale"):
+        sample_student(student, [0, 1], torch.tensor([0, 1]))
     assert "guidance_scale=1.0" in (folder / "README.md").read_text()
 
 

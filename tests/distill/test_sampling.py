@@ -191,3 +191,10 @@ def test_bad_teacher_arguments(teacher):
         sampling.sample_teacher(teacher, [0], torch.tensor([0]), 0)
     with pytest.raises(ValueError, match="number of samples must be at least 1"):
         next(sampling.generate(teacher, 0, num_inference_steps=1, role="student"))
+
+
+def test_guidance_scale_reaches_a_teacher(make_teacher):
+    teacher = make_teacher("SongUNet")
+    plain, guided = (sampling.sample_teacher(teacher, [0, 1], [0, 1], 2, guidance=g) for g in (None, 3.0))
+    teacher.guidance_scale = 3.0
+    assert torch.equal(guided, sampling.sample_teacher(teacher, [0, 1], [0, 1], 2)) and not torch.equal(guided, plain)

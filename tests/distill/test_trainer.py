@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features, Image, Value
+from safetensors.torch import load_file
 
+import distill
 import teachers
 from distill import checkpoint as ckpt
 from distill.ema import EMA, power_exponent
 from distill.recipe import parse_recipe, to_dict
-from distill.trainer import Trainer, TrainingError, learning_rate, save_student
+from distill.trainer import Trainer, TrainingError, learning_rate, save_model, trained_model
 
 
 @pytest.fixture
@@ -194,9 +197,85 @@ def test_a_teacher_in_memory_is_trained_without_a_file(world, make_teacher):
     teacher = make_teacher("SongUNet").requires_grad_(False)
     trainer = Trainer(parse_recipe({**values, "teacher": "in memory", "max_train_steps": 2}, "test"), teacher)
     trainer.train()
-    save_student(trainer, folder / "student")
-    assert teachers.load_config(folder / "student")["teacher"] == "in memory"
+    save_model(trained_model(trainer), folder / "student")
+    config = teachers.load_config(folder / "student")
+    assert config["teacher"] == "in memory" and config["training"]["minutes"] > 0
     assert not equal_modules(teachers.load(folder / "student"), teacher)
+
+
+class Foreign(torch.nn.Module):
+    """A network of the user's own, with a time input and no labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.time = torch.nn.Linear(1, 8)
+        self.out = torch.nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x, time):
+        return self.out(torch.nn.functional.silu(self.inner(x) + self.time(time[:, None])[:, :, None, None]))
+
+
+def test_a_foreign_network_is_distilled_in_memory(world, capsys):
+    folder, values = world
+    torch.manual_seed(0)
+    model = distill.from_pretrained(teachers.wrap(Foreign(), teachers.EDM, 0.5, (1, 8, 8)))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "num_classes": None, "max_train_steps": 2}))
+    before = model.network.native.inner.weight.clone()
+    model.train(path, evaluation__features="pixels", evaluation__num_samples=50, evaluation__teacher_steps=0)
+    assert model.role == "student" and model.sample(3, 2).shape == (3, 1, 8, 8)
+    assert not torch.equal(before, model.network.native.inner.weight)
+    run = folder / "run"
+    assert load_file(run / "student/model.safetensors").keys() == Foreign().state_dict().keys()
+    assert not (run / "pipeline").exists() and not (run / "student/config.json").exists()
+    with pytest.raises(ValueError, match="Foreign was not made by"):
+        model.export(folder / "pipeline")
+
+
+class Rounded(torch.autograd.Function):
+    """Without a forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Opaque(Foreign):
+    def forward(self, x, time):
+        return super().forward(Rounded.apply(x), time)
+
+
+def test_a_network_that_forward_mode_cannot_pass_is_refused_before_training(world):
+    folder, values = world
+    teacher = teachers.wrap(Opaque(), teachers.EDM, 0.5, (1, 8, 8))
+    changes = {"teacher": "in memory", "num_classes": None}
+    with pytest.raises(ValueError, match=r"forward-mode AD cannot pass module 'native' \(Opaque\)"):
+        Trainer(parse_recipe({**values, **changes}, "test"), teacher)
+    assert not (folder / "run").exists()
+    Trainer(parse_recipe({**values, **changes, "discrete_steps": 8}, "test"), teacher)  # needs no derivative
+
+
+def test_a_teacher_is_trained_further(world):
+    folder, values = world
+    trainer = run({**values, "objective": "diffusion", "max_train_steps": 1})
+    before, after = teachers.load(folder / "teacher").state_dict(), trainer.network.state_dict()
+    moved = [(after[k] - before[k]).abs().max().item() for k in before if before[k].is_floating_point()]
+    assert 0 < max(moved) < 5e-3  # one step of 1e-3 from the teacher's weights
+    assert trained_model(trainer).role == "teacher"
+
+
+def test_label_dropout_needs_a_null_class(world, make_teacher):
+    folder, values = world
+    teachers.save_pretrained(make_teacher("SiT", class_dropout_prob=0.0), folder / "no-null", "teacher")
+    values |= {"objective": "diffusion", "teacher": str(folder / "no-null")}
+    with pytest.raises(ValueError, match="no null class"):
+        run(values)
+    run(values, label_dropout=0.0, max_train_steps=1)
 
 
 def test_ema_profiles():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from datasets import Dataset, Features, Image, Value
 
 from distill.evaluation import build_reference, evaluate, format_table, metrics
 from distill.evaluation.classifier import MNISTClassifier
@@ -108,3 +109,34 @@ def test_your_own_features():
     own = FeatureExtractor("mean", lambda images: images.flatten(1)[:, :20])
     assert load_features(own) is own
     assert MNISTClassifier().features(torch.zeros(2, 1, 28, 28)).shape == (2, 128)
+
+
+def write_images(folder, seed):
+    features = Features({"image": Image(), "label": Value("int64")})
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"image": list(pixels), "label": [0] * 60}, features=features)
+        rows.to_parquet(folder / f"{split}.parquet")
+
+
+def test_features_of_real_images_are_kept_by_data_and_version(tmp_path, monkeypatch):
+    calls = []
+
+    def extract(images):
+        calls.append(len(images))
+        return images.flatten(1)[:, :5]
+
+    monkeypatch.setattr("distill.evaluation.cached_assets_path", lambda *parts: tmp_path)
+    build = build_reference.__wrapped__  # without the cache in memory
+    write_images(tmp_path, seed=0)
+    first = build(str(tmp_path), FeatureExtractor("own", extract, version="1"))
+    assert sum(calls) == 120
+    again = build(str(tmp_path), FeatureExtractor("own", extract, version="1"))
+    assert sum(calls) == 120 and again.floor(60) == first.floor(60)
+    build(str(tmp_path), FeatureExtractor("own", extract, version="2"))
+    assert sum(calls) == 240
+    build(str(tmp_path), FeatureExtractor("own", extract))
+    build(str(tmp_path), FeatureExtractor("own", extract))
+    assert sum(calls) == 480
+    write_images(tmp_path, seed=1)
+    assert build(str(tmp_path), FeatureExtractor("own", extract, version="1")).floor(60) != first.floor(60)
