@@ -68,6 +68,14 @@ def open_rows(source: str, split: str) -> datasets.Dataset:
     return load(source, source, split=split)
 
 
+def has_split(source: str, split: str) -> bool:
+    """Whether a source that :func:`open_rows` takes has a split of its own by that name; a single file has none."""
+    path = ASSETS / "mnist" if source == "mnist" else Path(source)
+    if path.is_dir():
+        return (path / split).is_dir() or any(path.glob(f"{split}*.parquet"))
+    return not path.is_file() and split in datasets.get_dataset_split_names(source)
+
+
 def load(builder: str, source: str, **kwargs) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:

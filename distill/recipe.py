@@ -70,10 +70,12 @@ class EMAConfig:
 @dataclass
 class EvaluationConfig:
     features: str = "MNIST-CNN"
+    data: str | None = None  # what samples are scored against; null: the training data (with data: teacher, no scores)
     num_samples: int = 2_000
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     teacher_steps: int = 18  # Heun steps; 0 leaves the teacher out
     batch_size: int = 250
+    search_samples: int = 0  # samples per trial of a search for better intermediate sampling times; 0: the defaults stay
     also: list[str] = field(default_factory=list)  # bundled students to show in the final grid and table
 
 

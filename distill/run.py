@@ -15,10 +15,12 @@ import torch
 
 from distill import visual
 from distill.data import load_images
-from distill.evaluation import build_reference, evaluate, format_table
+from distill.evaluation import Reference, build_reference, evaluate, format_table
 from distill.jvp import check_jvp
 from distill.model import Model, from_pretrained
-from distill.recipe import Recipe, load_recipe, parse_overrides
+from distill.recipe import DataConfig, Recipe, load_recipe, parse_overrides
+from distill.sampling import generate, search_times
+from distill.schedule import student_times
 from distill.trainer import Trainer, TrainingError, build_student, build_teacher, save_model, trained_model
 from teachers import Teacher
 from teachers.networks import is_registered
@@ -36,6 +38,7 @@ def run(recipe: Recipe, teacher: Teacher | None = None) -> Model:
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
         return model
+    search_sampling_times(recipe, model)
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     save_model(model, trainer.output_dir / "student")
     model.config["metrics"] = report(recipe, model, trainer.teacher)
@@ -44,6 +47,40 @@ def run(recipe: Recipe, teacher: Teacher | None = None) -> Model:
         written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
     return model
+
+
+def search_sampling_times(recipe: Recipe, model: Model) -> None:
+    """Replace a student's intermediate sampling times by those with the lowest Fréchet distance, if the recipe asks.
+
+    The samples have another seed than those that are reported. The times go into the model's ``config``.
+    """
+    e = recipe.evaluation
+    reference = build_recipe_reference(recipe) if e.search_samples and model.role == "student" else None
+    if reference is None:
+        return
+
+    def score(times: list[float]) -> float:
+        batches = generate(
+            model.network, e.search_samples, num_inference_steps=len(times), role="student", seed=recipe.seed + 1,
+            batch_size=e.batch_size, times=times, guidance=model.guidance(None),
+        )  # fmt: skip
+        return reference.frechet_distance(batches)
+
+    found = {}
+    for n in e.num_inference_steps:
+        start = student_times(n, recipe.sigma_data)
+        found[str(n)], best = search_times(score, start)
+        print(f"{n} steps: sampling times {[round(t, 3) for t in found[str(n)]]}, {e.features}-FD {best:.3g}")
+    model.config["sampling"] = found
+
+
+def build_recipe_reference(recipe: Recipe) -> Reference | None:
+    """What samples are scored against; ``None`` without a data set."""
+    e = recipe.evaluation
+    if e.data is None and recipe.data.source == "teacher":
+        return None
+    data = recipe.data if e.data is None else DataConfig(e.data)
+    return build_reference(data.source, e.features, recipe.sample_shape[0], data.image_column, data.label_column)
 
 
 def report(recipe: Recipe, student: Model, teacher: Teacher | None) -> dict[str, dict]:
@@ -63,7 +100,7 @@ def report(recipe: Recipe, student: Model, teacher: Teacher | None) -> dict[str,
             rows[title]["training (min)"] = model.config.get("training", {}).get("minutes")
     visual.labelled_grid(grid, output / "grid.png", "the same noise, teacher and students")
     table = format_table(rows)
-    text = f"{table}\n\nSeed {recipe.seed}; features: {e.features}; reference: training split of {recipe.data.source}.\n"
+    text = f"{table}\n\nSeed {recipe.seed}; features: {e.features}; reference: {e.data or recipe.data.source}.\n"
     write_atomically(output / "metrics.json", lambda path: path.write_text(json.dumps(rows, indent=2)))
     write_atomically(output / "metrics.md", lambda path: path.write_text(text))
     print("\n" + text)
@@ -76,8 +113,8 @@ def sample_and_score(recipe: Recipe, model: Model, steps: int) -> tuple[torch.Te
     start = time.perf_counter()
     batches = list(model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size, progress=True))
     milliseconds = (time.perf_counter() - start) / e.num_samples * 1000
-    source = "mnist" if recipe.data.source == "teacher" else recipe.data.source
-    scores = evaluate(batches, build_reference(source, e.features, recipe.sample_shape[0]))
+    reference = build_recipe_reference(recipe)
+    scores = {} if reference is None else evaluate(batches, reference)
     images = torch.cat([x for x, _ in batches[: 1 + 20 // e.batch_size]])[:20].cpu()
     return images, {**scores, "ms/image": milliseconds}
 

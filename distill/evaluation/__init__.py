@@ -12,7 +12,7 @@ from huggingface_hub import cached_assets_path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.data import Images, as_tensors, load_images
+from distill.data import Images, as_tensors, has_split, load_images
 from distill.evaluation.features import FeatureExtractor, load_features
 from distill.evaluation.metrics import (
     FeatureStatistics,
@@ -46,11 +46,20 @@ class Reference:
     floors: dict[int, dict] = field(default_factory=dict)  # scores of real images by their number, once computed
 
     def floor(self, num: int) -> dict:
-        """Scores of ``num`` held-out real images (all of them if there are fewer)."""
+        """Scores of ``num`` held-out real images (all of them if there are fewer; empty if they are too few)."""
+        if len(self.held_out) < MINIMUM_SAMPLES:
+            return {}
         if num not in self.floors:
             hits = None if self.held_out_hits is None else self.held_out_hits[:num]
             self.floors[num] = self.score(self.held_out[:num], hits)
         return self.floors[num]
+
+    def frechet_distance(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+        """The Fréchet distance of generated batches alone, for a search."""
+        statistics = FeatureStatistics()
+        for images, _ in batches:
+            statistics.update(extract(self.extractor, images, None)[0])
+        return frechet_distance(self.statistics, statistics)
 
     def score(self, features: Tensor, hits: Tensor | None) -> dict:
         """Every metric of ``features`` ``(N, D)``. The all-pairs metrics compare equally many on both sides."""
@@ -88,13 +97,21 @@ def extract(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None) 
 
 
 @lru_cache(maxsize=4)
-def build_reference(source: str = "mnist", features: str | FeatureExtractor = "MNIST-CNN", channels: int = 1):
-    """The :class:`Reference` of a data source that has ``train`` and ``test`` splits.
+def build_reference(
+    source: str = "mnist",
+    features: str | FeatureExtractor = "MNIST-CNN",
+    channels: int = 1,
+    image_column: str = "image",
+    label_column: str | None = "label",
+) -> Reference:
+    """The :class:`Reference` of a data source: its ``train`` and ``test`` splits, or without a ``test`` split the one it
+    has, of which half (at most ``PAIRWISE_SAMPLES``) is held out.
 
     What was extracted is kept in Hugging Face's cache folder (``HF_HOME``) and read from there the next time.
     """
     extractor = load_features(features)
-    splits = [load_images(DataConfig(source, split), channels) for split in ("train", "test")]
+    names = ("train", "test") if has_split(source, "test") else ("train",)
+    splits = [load_images(DataConfig(source, name, image_column, label_column), channels) for name in names]
     path = cache_path(extractor, channels, splits)
     if path is None:
         tensors = extract_reference(extractor, *splits)
@@ -119,10 +136,16 @@ def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images])
     return cached_assets_path("scm-distill", "references", extractor.name) / f"{digest[:16]}.safetensors"
 
 
-def extract_reference(extractor: FeatureExtractor, train: Images, test: Images) -> dict[str, Tensor]:
+def extract_reference(extractor: FeatureExtractor, train: Images, test: Images | None = None) -> dict[str, Tensor]:
     """What a :class:`Reference` holds, as tensors by name."""
-    features, _ = extract(extractor, *shuffled(train))
-    held_out, hits = extract(extractor, *shuffled(test))
+    pixels, labels = shuffled(train)
+    if test is None:
+        held = min(len(pixels) // 2, PAIRWISE_SAMPLES)
+        real, unseen = pixels[held:], (pixels[:held], None if labels is None else labels[:held])
+    else:
+        real, unseen = pixels, shuffled(test)
+    features, _ = extract(extractor, real, None)
+    held_out, hits = extract(extractor, *unseen)
     statistics = FeatureStatistics().update(features)
     tensors = {
         "count": torch.tensor(statistics.count), "total": statistics.total, "outer": statistics.outer,
@@ -131,11 +154,11 @@ def extract_reference(extractor: FeatureExtractor, train: Images, test: Images) 
     return tensors if hits is None else {**tensors, "held_out_hits": hits}
 
 
-def shuffled(images: Images) -> tuple[Tensor, Tensor]:
-    """All images and labels, in one fixed random order."""
+def shuffled(images: Images) -> tuple[Tensor, Tensor | None]:
+    """All images and their labels, if they have some, in one fixed random order."""
     pixels, labels = as_tensors(images)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    return pixels[order], labels[order]
+    return pixels[order], labels[order] if images.label_column else None
 
 
 def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], reference: Reference) -> dict:
@@ -148,4 +171,5 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], reference: Referen
     features = torch.cat([f for f, _ in extracted])
     known = all(h is not None for _, h in extracted)
     scores = reference.score(features, torch.cat([h for _, h in extracted]) if known else None)
-    return {**scores, "floor": reference.floor(len(features))}
+    floor = reference.floor(len(features))
+    return {**scores, "floor": floor} if floor else scores

@@ -8,7 +8,7 @@ def format_table(rows: dict[str, dict]) -> str:
     floors = {row["floor"]["num_samples"]: row["floor"] for row in rows.values() if "floor" in row}
     named = {**rows, **{f"real test images ({n})": floor for n, floor in floors.items()}}
     for name, row in named.items():
-        cells = [show(row[k]) if k in row else "" for k in keys]
+        cells = [show(row[k]) if row.get(k) is not None else "" for k in keys]
         lines.append(f"| {name} | {row.get('num_samples', '')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -28,18 +28,37 @@ class GroupNorm(nn.GroupNorm):
             return out.to(x.dtype)
 
     def dual_forward(self, x: Tensor, t_x: Tensor) -> Tensor:
-        """``y = w x^ + b`` and ``t_y = w rstd (t_x - mean(t_x) - x^ mean(x^ t_x))`` with ``x^ = (x - mean) rstd``."""
+        """``y = w x^ + b`` and ``t_y = w rstd (t_x - mean(t_x) - x^ mean(x^ t_x))`` with ``x^ = (x - mean) rstd``, as one
+        affine map of ``t_x`` and ``x``: few passes over memory.
+        """
         b, c, *space = x.shape
-        groups = (b, self.num_groups, c // self.num_groups, math.prod(space))
+        size = c // self.num_groups * math.prod(space)
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
-        mean, rstd = mean.view(b, -1, 1, 1), rstd.view(b, -1, 1, 1)
-        normed, t = (x.reshape(groups) - mean) * rstd, t_x.reshape(groups)
-        t_mean = t.mean((2, 3), keepdim=True)
-        projection = (normed * t).mean((2, 3), keepdim=True)
-        weight = scale.view(1, self.num_groups, -1, 1) * rstd
-        t_y = (t - t_mean).addcmul_(normed, projection, value=-1).mul_(weight)
+        rows = (b * self.num_groups, 1, size)
+        mean, rstd = mean.view(-1, 1, 1), rstd.view(-1, 1, 1)
+        t_mean = t_x.reshape(rows).mean(2, keepdim=True)
+        product = t_x.reshape(rows) @ x.reshape(rows).mT / size
+        slope = (product - mean * t_mean) * rstd.square()  # mean(x^ t_x) rstd
+
+        channels = (b, self.num_groups, c // self.num_groups, 1)
+        weight = scale.view(1, self.num_groups, -1, 1) * rstd.view(b, -1, 1, 1)
+        offset = (mean * slope - t_mean).view(b, -1, 1, 1).expand(channels)
+        t, v = (z.reshape(*channels[:3], -1) for z in (t_x, x))
+        t_y = torch.addcmul(weight * offset, t, weight).addcmul_(v, -weight * slope.view(b, -1, 1, 1))
         return fwAD.make_dual(y, t_y.reshape(x.shape))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """Convolution whose forward-mode derivative is one more convolution, with the weights constant.
+
+    PyTorch's own rule adds a third one, of ``x`` with a tangent of zeros for the weights.
+    """
+    primal, tangent = fwAD.unpack_dual(x)
+    out = F.conv2d(primal, weight, bias, padding=padding)
+    if tangent is None:
+        return out
+    return fwAD.make_dual(out, F.conv2d(tangent, weight, padding=padding))
 
 
 class TimeLinear(nn.Linear):

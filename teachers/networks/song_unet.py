@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, TimeLinear, attend
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, TimeLinear, attend, conv2d
 
 # A residual sum of two unit-variance branches keeps unit variance (EDM, appendix F).
 SKIP_SCALE = math.sqrt(0.5)
@@ -60,7 +60,7 @@ class Conv2d(nn.Module):
         if self.up or self.down:
             x = self.resample(x)
         if self.weight is not None:
-            x = F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
+            x = conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
         return x
 
     def resample(self, x: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import distill
 import teachers
 from distill import cli, run
+from distill.sampling import generate
+from distill.schedule import student_times
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,8 +159,17 @@ def test_python_api_trains_and_exports(make_teacher, tmp_path):
     model = distill.from_pretrained("mnist-edm")
     model.train(
         "recipes/mnist.yaml", max_train_steps=2, train_batch_size=4, output_dir=str(tmp_path / "run"),
-        evaluation__num_samples=50, evaluation__teacher_steps=0, evaluation__num_inference_steps=[1],
+        evaluation__num_samples=50, evaluation__teacher_steps=0, evaluation__num_inference_steps=[1, 2],
+        evaluation__search_samples=50,
     )  # fmt: skip
-    assert model.role == "student"
+    assert model.role == "student" and model.config["metrics"].keys() == {"this run, 1 step", "this run, 2 steps"}
     model.export(tmp_path / "pipeline")
     assert (tmp_path / "pipeline/model_index.json").is_file()
+    # The searched times are in every form the student takes, and are what it samples at.
+    times = model.config["sampling"]["2"]
+    default = student_times(2, model.network.sigma_data)
+    assert times[0] == default[0] and 0 < times[1] < times[0]
+    saved = distill.from_pretrained(tmp_path / "run")
+    assert saved.config["sampling"] == distill.from_pretrained(tmp_path / "pipeline").config["sampling"]
+    used, _ = next(generate(saved.network, 3, num_inference_steps=2, role="student", times=times))
+    assert torch.equal(saved.sample(3, 2), used)

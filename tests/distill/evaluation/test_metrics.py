@@ -140,3 +140,13 @@ def test_features_of_real_images_are_kept_by_data_and_version(tmp_path, monkeypa
     assert sum(calls) == 480
     write_images(tmp_path, seed=1)
     assert build(str(tmp_path), FeatureExtractor("own", extract, version="1")).floor(60) != first.floor(60)
+
+
+def test_a_source_without_a_test_split_holds_half_of_its_images_out(tmp_path):
+    write_images(tmp_path, seed=0)
+    (tmp_path / "test.parquet").unlink()
+    pixels = FeatureExtractor("own", lambda images: images.flatten(1)[:, :5], lambda images: torch.zeros(len(images)))
+    for source in (tmp_path, tmp_path / "train.parquet"):
+        reference = build_reference.__wrapped__(str(source), pixels, label_column=None)
+        assert reference.statistics.count == len(reference.held_out) == 30 and reference.held_out_hits is None
+        assert reference.floor(60) == {} and not set(map(tuple, reference.rows)) & set(map(tuple, reference.held_out))
