@@ -1,6 +1,6 @@
 """What distillation and sampling cost, as ratios measured in one run.
 
-    python benchmarks/cost.py [RECIPE] [key=value ...]
+    python benchmarks/cost.py [--recipe RECIPE] [key=value ...]
 
 - one sCD step (teacher forward, derivative, forward, backward, optimizer, EMA) against one ordinary diffusion training
   step of the same network, batch and precision, in alternating blocks;
@@ -114,11 +114,11 @@ def peaks(arguments: list[str], teacher_mib: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="recipes/mnist.yaml", help="a distillation recipe")
+    parser.add_argument("--recipe", default="recipes/mnist.yaml", help="a distillation recipe")
     parser.add_argument("overrides", nargs="*", help="recipe values as key=value")
     parser.add_argument("--sampling-batch", type=int, default=100)
     parser.add_argument("--peak", choices=OBJECTIVES, help="print the peak memory of one objective in MiB, nothing else")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_args()
     overrides = parse_overrides(options.overrides)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +129,7 @@ def main() -> None:
         teacher_mib = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 2**20
         report = {
             "step": step_times(options.recipe, overrides, folder),
-            "peak memory": peaks([options.recipe, *options.overrides], teacher_mib),
+            "peak memory": peaks(["--recipe", options.recipe, *options.overrides], teacher_mib),
             "sampling": sampling_times(options.recipe, overrides, options.sampling_batch),
             "threads": torch.get_num_threads(),
         }

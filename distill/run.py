@@ -146,21 +146,24 @@ def check(recipe: Recipe) -> str:
 
 
 def activation_bytes(student: Teacher, mixed_precision: str) -> int:
-    """What one sample's forward pass keeps for the backward pass, measured on the CPU; weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    """What a forward pass keeps for the backward pass per sample, measured on the CPU: two samples against one, so that
+    weights and their bf16 copies do not count.
+    """
+    return kept_bytes(student, 2, mixed_precision) - kept_bytes(student, 1, mixed_precision)
+
+
+def kept_bytes(student: Teacher, batch: int, mixed_precision: str) -> int:
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    labels = None if student.num_classes is None else torch.zeros(1, dtype=torch.long)
+    labels = None if student.num_classes is None else torch.zeros(batch, dtype=torch.long)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
-        result = student(torch.zeros(1, *student.sample_shape), torch.ones(1), labels)  # keeps the graph until counted
-    del result
+        result = student(torch.zeros(batch, *student.sample_shape), torch.ones(batch), labels)
+    del result  # held the graph, and with it every storage, until all were seen
     return sum(kept.values())
 
 

@@ -229,12 +229,24 @@ def generate(
         role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
         labels: one per image; by default they cycle through the classes.
         guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
+
+    Raises:
+        ValueError: at once, before anything is drawn: bad numbers, times or labels.
     """
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
     seeds = sample_seeds(num, torch.Generator().manual_seed(seed))
     labels = check_condition(model, cycle_labels(model, num) if labels is None else labels, num)
-    for start in range(0, num, batch_size):
+    if role == "teacher":
+        sigma_grid(num_inference_steps)
+    elif times is None:
+        times = student_times(num_inference_steps, model.sigma_data)
+    return draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver)
+
+
+def draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver):
+    """The iterator behind :func:`generate`."""
+    for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
         y = None if labels is None else labels[part]
         if role == "teacher":
