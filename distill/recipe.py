@@ -104,6 +104,7 @@ class Recipe:
     adaptive_weighting: bool = True  # learn w(t) (equation 8)
     discrete_steps: int | None = None  # N: discrete-time consistency (appendix E) instead of the JVP
     label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
+    stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
@@ -252,6 +253,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         )
     if recipe.objective != "diffusion" and recipe.teacher is None:
         raise ValueError(f"{where}: objective {recipe.objective} needs the key teacher")
+    if recipe.objective != "diffusion" and recipe.stable_targets:
+        raise ValueError(f"{where}: stable_targets belongs to objective diffusion; remove it")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
     if isinstance(recipe.guidance_scale, list) and not (

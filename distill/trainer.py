@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from distill import checkpoint as ckpt
@@ -21,6 +21,7 @@ from distill.endpoint import TIMES, EndpointError, rising_at_small_t
 from distill.jvp import probe_jvp
 from distill.model import Model
 from distill.objectives.scm import Loss, build_objective
+from distill.objectives.stable_targets import StableTargets
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.sampling import generate
 from distill.visual import plot_curves, save_grid
@@ -92,6 +93,18 @@ def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
         student.require_null_class()
     set_dropout(student.native, recipe.dropout)
     return student
+
+
+def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) -> StableTargets:
+    """The recipe's training set as targets of the diffusion loss.
+
+    Raises:
+        ValueError: a data set too large for the memory.
+    """
+    if not isinstance(data, TensorDataset):
+        raise ValueError(f"stable_targets needs data that fit in memory, {recipe.data.source!r} is too large")
+    images, labels = (tensor.to(device) for tensor in data.tensors)
+    return StableTargets(images, None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
 
 
 def set_dropout(network: nn.Module, p: float) -> None:
@@ -232,6 +245,8 @@ class Trainer:
         recipe = self.recipe
         self.output_dir.mkdir(parents=True, exist_ok=True)
         data = training_data(recipe, self.teacher, self.output_dir / "cache")
+        if recipe.stable_targets:
+            self.objective.stable_targets = build_stable_targets(data, recipe, self.device)
         self.resume()
         text = yaml.safe_dump(to_dict(recipe), sort_keys=False)
         log = MetricsLog(self.output_dir / "metrics.jsonl", self.step)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill import trigflow
 from distill.jvp import jvp, record_rng, replay_rng
+from distill.objectives.stable_targets import StableTargets
 from distill.recipe import Recipe, TangentConfig
 from teachers import Teacher
 from teachers.networks.layers import PositionalEmbedding
@@ -95,6 +96,7 @@ class Diffusion:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.weighting = AdaptiveWeighting() if recipe.adaptive_weighting else None
+        self.stable_targets: StableTargets | None = None
 
     def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
         p = self.recipe
@@ -104,8 +106,12 @@ class Diffusion:
             drop = (torch.rand(len(x0), generator=generator) < p.label_dropout).to(x0.device)
             labels = torch.where(drop, p.num_classes, labels)
         t = t.float()
+        x_t = trigflow.perturb(x0, z, t)
+        if self.stable_targets is not None:
+            x0 = self.stable_targets(x_t, t, labels)
+            z = (x_t - trigflow.expand(t.cos(), x_t) * x0) / trigflow.expand(t.sin(), x_t)
         target = trigflow.velocity(x0, z, t) / p.sigma_data
-        error = mean_square(student(trigflow.perturb(x0, z, t), t, labels) - target)
+        error = mean_square(student(x_t, t, labels) - target)
         return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
 
 

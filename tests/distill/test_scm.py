@@ -7,6 +7,7 @@ from torch import nn
 import teachers
 from distill import trigflow
 from distill.objectives import scm
+from distill.objectives.stable_targets import StableTargets
 from distill.recipe import TangentConfig, parse_recipe
 
 SD = 0.5
@@ -188,3 +189,46 @@ def test_diffusion_loss_vanishes_for_the_exact_network():
     objective = scm.Diffusion(recipe(num_classes=None))
     loss = objective(network, network, torch.full((64, 1, 8, 8), 0.25), None, 0, generator()).loss
     assert loss < 1e-3
+
+
+def test_stable_targets_are_the_posterior_mean_of_the_data():
+    """Against Bayes' rule written out in fp64; the null class sees every image, the others their own."""
+    images, labels = torch.randn(12, 1, 2, 2, dtype=torch.float64), torch.arange(12) % 3
+    t, asked = torch.tensor([0.01, 0.9, 1.3, 1.5], dtype=torch.float64), torch.tensor([1, 0, 3, 2])
+    x0 = images[[4, 3, 7, 5]]
+    x_t = trigflow.perturb(x0, SD * torch.randn(x0.shape, dtype=torch.float64, generator=generator()), t)
+    means = StableTargets(images, labels, 3, SD)(x_t, t, asked)
+    for i in range(4):
+        mine = images if asked[i] == 3 else images[labels == asked[i]]
+        square = (x_t[i] - t[i].cos() * mine).square().flatten(1).sum(1)
+        weight = (-square / (2 * (SD * t[i].sin()) ** 2)).exp()
+        expected = (weight[:, None, None, None] * mine).sum(0) / weight.sum()
+        torch.testing.assert_close(means[i], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(means[0], x0[0])  # little noise: the image itself
+    everything = StableTargets(images, None, None, SD)(x_t, t, None)
+    torch.testing.assert_close(everything[2], means[2])
+
+
+def test_stable_targets_leave_the_diffusion_loss_unbiased():
+    """The mean of the squared error falls by exactly what does not depend on the network."""
+
+    class Linear(nn.Module):
+        def __init__(self, slope):
+            super().__init__()
+            self.slope = slope
+
+        def forward(self, x, time):
+            return self.slope * x
+
+    data = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 1, 1).contiguous()
+    x0 = data.repeat(100_000, 1, 1, 1)
+    values = recipe(objective="diffusion", sigma_data=1.0, num_classes=None, p_mean=0.0, p_std=0.5, label_dropout=0.0)
+    ordinary, stable = scm.Diffusion(values), scm.Diffusion(values)
+    stable.stable_targets = StableTargets(data, None, None, 1.0)
+    drops = []
+    for slope in (-0.5, 0.0, 1.5):
+        network = teachers.wrap(Linear(slope), teachers.TRIGFLOW, 1.0, (1, 1, 1))
+        losses = [o(network, network, x0, None, 0, generator()).loss.item() for o in (ordinary, stable)]
+        drops.append(losses[0] - losses[1])
+    assert drops[0] > 0.1
+    assert max(drops) - min(drops) < 0.02

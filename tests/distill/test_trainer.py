@@ -269,6 +269,16 @@ def test_a_teacher_is_trained_further(world):
     assert trained_model(trainer).role == "teacher"
 
 
+def test_stable_targets_train_a_teacher(world):
+    _, values = world
+    values |= {"objective": "diffusion", "max_train_steps": 1}
+    plain, stable = run(values, label_dropout=0.0), run(values, label_dropout=0.0, stable_targets=True)
+    moved = [(a - b).abs().max() for a, b in zip(plain.network.parameters(), stable.network.parameters(), strict=True)]
+    assert max(moved) > 0
+    with pytest.raises(ValueError, match="stable_targets belongs to objective diffusion"):
+        run(values, objective="distillation", stable_targets=True)
+
+
 def test_label_dropout_needs_a_null_class(world, make_teacher):
     folder, values = world
     teachers.save_pretrained(make_teacher("SiT", class_dropout_prob=0.0), folder / "no-null", "teacher")
