@@ -12,12 +12,44 @@ from torch import nn
 from teachers.pretrained import load_tensors, read_safetensors
 
 PREFIX = "checkpoint-"
+# What else a run writes into its folder.
+RUN_FILES = (
+    "recipe.yaml", "metrics.jsonl", "metrics.json", "metrics.md", "curves.png", "grid.png", "samples", "student", "pipeline"
+)  # fmt: skip
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [p for p in output_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def set_aside(output_dir: Path, resumed: Path | None) -> Path | None:
+    """Move what an earlier run left in ``output_dir`` and the new one would overwrite into ``output_dir/earlier-N``.
+
+    Args:
+        resumed: the checkpoint of ``output_dir`` that the new run goes on from; then only later ones are moved.
+
+    Returns:
+        The folder, or ``None`` if there was nothing to move.
+    """
+    stale = checkpoints(output_dir)
+    if resumed is not None and resumed.resolve().parent == output_dir.resolve():
+        stale = [path for path in stale if step_of(path) > step_of(resumed)]
+    elif stale or (output_dir / "student").exists():
+        stale += [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
+    if not stale:
+        return None
+    number = 1 + sum(1 for _ in output_dir.glob("earlier-*"))
+    folder = output_dir / f"earlier-{number}"
+    folder.mkdir()
+    for path in stale:
+        os.rename(path, folder / path.name)
+    return folder
 
 
 def save_checkpoint(

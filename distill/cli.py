@@ -18,11 +18,14 @@ def sample(options: argparse.Namespace) -> None:
 
     if options.out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
+    if options.columns < 1:
+        raise ValueError(f"--columns must be at least 1, got {options.columns}")
     model = from_pretrained(options.source)
     labels = repeat_labels(options.labels, options.num)
     images = model.sample(
-        options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True
-    )
+        options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True,
+        solver=options.solver,
+    )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix == ".png":
         save_grid(list(images.split(options.columns)), options.out)
@@ -65,7 +68,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def list_teachers(options: argparse.Namespace) -> None:
-    """The models that ship with the package."""
+    """The models that ship with the package; ``inspect`` tells more about any model."""
     for name in teachers.bundled():
         config = teachers.load_config(name)
         print(f"{name:18} {config['role']:8} {config['network']:9} {'x'.join(map(str, config['sample_shape']))}")
@@ -88,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
     p.add_argument("--guidance-scale", type=float, help="guidance of a teacher, or of a student distilled over a range")
     p.add_argument("--batch-size", type=int, default=250)
+    p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
     p.add_argument("--out", type=Path, required=True, help="a .png grid, or .npz with images (uint8 NHWC) and labels")
 
@@ -95,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(p)
     p.add_argument("--num", type=int, default=10_000, help="number of samples (10000)")
     add_steps_and_seed(p)
-    p.add_argument("--features", default="MNIST-CNN", help="feature extractor: MNIST-CNN or pixels")
+    p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
 
@@ -103,9 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
 
-    p = verbs.add_parser("teachers", help="list the bundled models, or inspect one")
+    p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect")
-    p.set_defaults(action=list_teachers)
     add_verb(nested, "list", list_teachers, "distill teachers list")
     add_source(add_verb(nested, "inspect", inspect_teacher, "distill teachers inspect mnist-edm"))
     return parser

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +20,11 @@ from tqdm import tqdm
 from distill.recipe import DataConfig, Recipe
 from distill.sampling import generate
 from teachers import Teacher
+from teachers.pretrained import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 SIGMA_DATA_TOLERANCE = 0.05
+MODES = {1: "L", 3: "RGB"}
 
 
 class Images(Dataset):
@@ -31,7 +32,7 @@ class Images(Dataset):
 
     def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str | None, channels: int):
         self.rows, self.image_column, self.label_column = rows, image_column, label_column
-        self.mode = {1: "L", 3: "RGB"}[channels]
+        self.mode = MODES[channels]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,13 +90,17 @@ def load_images(config: DataConfig, channels: int) -> Images:
     """The images a recipe names, decoded lazily.
 
     Raises:
-        ValueError: a column that the data does not have.
+        ValueError: a column that the data does not have, one without images, or a number of channels images never have.
     """
+    if channels not in MODES:
+        raise ValueError(f"data source {config.source!r} is read as images of 1 or 3 channels, sample_shape has {channels}")
     rows = open_rows(config.source, config.split)
     for column in filter(None, (config.image_column, config.label_column)):
         if column not in rows.column_names:
             have = ", ".join(rows.column_names)
             raise ValueError(f"data source {config.source!r} has no column {column!r}; it has: {have}")
+    if not isinstance(rows.features[config.image_column], datasets.Image):
+        raise ValueError(f"column {config.image_column!r} of data source {config.source!r} holds no images")
     return Images(rows, config.image_column, config.label_column, channels)
 
 
@@ -114,24 +119,31 @@ IN_MEMORY_VALUES = 200_000_000
 
 
 def training_data(recipe: Recipe, teacher: Teacher | None, cache: Path) -> Dataset:
-    """The training set of a recipe, checked against it.
+    """The training set of a recipe, checked against it: in memory if it is small.
 
     Raises:
         ValueError: a sample shape, label or sigma_data that does not fit the recipe.
     """
     if recipe.data.source == "teacher":
         return TensorDataset(*teacher_samples(teacher, recipe, cache))
-    images = load_images(recipe.data, recipe.sample_shape[0])
-    shape = tuple(images[0][0].shape)
-    if shape != tuple(recipe.sample_shape):
-        raise ValueError(
-            f"images of {recipe.data.source!r} have shape {list(shape)}, the recipe and its model "
-            f"want {recipe.sample_shape}"
-        )
-    if len(images) * math.prod(shape) <= IN_MEMORY_VALUES:
+    images = training_images(recipe)
+    if len(images) * math.prod(recipe.sample_shape) <= IN_MEMORY_VALUES:
         images = TensorDataset(*as_tensors(images))
     check_sigma_data(images, recipe)
-    check_label_range(images, recipe)
+    return images
+
+
+def training_images(recipe: Recipe) -> Images:
+    """The images a recipe trains on, with shape and labels checked.
+
+    Raises:
+        ValueError: what does not fit the recipe.
+    """
+    images = load_images(recipe.data, recipe.sample_shape[0])
+    shape = list(images[0][0].shape)
+    if shape != recipe.sample_shape:
+        raise ValueError(f"images of {recipe.data.source!r} have shape {shape}, the recipe wants {recipe.sample_shape}")
+    check_data_labels(images, recipe)
     return images
 
 
@@ -147,12 +159,19 @@ def check_sigma_data(images: Dataset, recipe: Recipe) -> None:
         )
 
 
-def check_label_range(images: Dataset, recipe: Recipe) -> None:
-    if recipe.num_classes is None or not isinstance(images, TensorDataset):
+def check_data_labels(images: Images, recipe: Recipe) -> None:
+    """Raise ``ValueError`` unless a class-conditional recipe's data have a label for every image, all of them classes."""
+    if recipe.num_classes is None:
         return
-    top = int(images.tensors[1].max())
-    if top >= recipe.num_classes:
-        raise ValueError(f"label {top} in {recipe.data.source!r} is out of range for num_classes {recipe.num_classes}")
+    where = f"data source {recipe.data.source!r}"
+    if images.label_column is None:
+        raise ValueError(f"{where} is read without labels (data.label_column), the recipe has {recipe.num_classes} classes")
+    labels = np.asarray(images.rows[images.label_column][:])
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"column {images.label_column!r} of {where} must hold integer labels")
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < recipe.num_classes:
+            raise ValueError(f"label {label} in {where} is out of range for num_classes {recipe.num_classes}")
 
 
 def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tensor, Tensor]:
@@ -161,7 +180,8 @@ def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tens
     The file's name is a hash of the teacher's weights and of everything else the samples depend on.
     """
     config = recipe.data
-    facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, teacher.guidance_scale, teacher.metadata()]
+    guidance = [teacher.guidance_scale, teacher.guidance_interval]
+    facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, guidance, teacher.metadata()]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for _, tensor in sorted(teacher.state_dict().items()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -184,9 +204,8 @@ def draw_teacher_samples(teacher: Teacher, config: DataConfig, seed: int, path: 
             labels.append((torch.zeros(len(x), dtype=torch.long) if y is None else y).cpu())
             bar.update(len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file({"images": torch.cat(images), "labels": torch.cat(labels)}, temporary)
-    os.replace(temporary, path)
+    tensors = {"images": torch.cat(images), "labels": torch.cat(labels)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
 class StepSampler:

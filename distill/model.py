@@ -12,6 +12,7 @@ from distill.export import export
 from distill.recipe import load_recipe
 from distill.sampling import generate
 from teachers import Teacher
+from teachers.networks import is_registered
 from teachers.pretrained import model_config
 
 DEFAULT_STEPS = {"teacher": 18, "student": 2}
@@ -46,7 +47,7 @@ class Model:
 
         values = {key.replace("__", "."): value for key, value in overrides.items()}
         parsed = load_recipe(recipe, {**values, "teacher": self.network.source or "in memory"})
-        trained = run(parsed, None if self.network.source else self.network)
+        trained = run(parsed, self.network)
         self.network, self.config = trained.network, trained.config
         return self
 
@@ -59,6 +60,7 @@ class Model:
         guidance_scale: float | None = None,
         batch_size: int = 250,
         progress: bool = False,
+        solver: str = "heun",
     ) -> Tensor:
         """``(num, C, H, W)`` fp32 in [-1, 1]. Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
 
@@ -66,14 +68,15 @@ class Model:
             num_inference_steps: evaluations of a student (default 2), Heun steps of a teacher (default 18: 35
                 evaluations).
             labels: one class per image; by default they cycle through the classes.
-            progress: show a progress bar on stderr.
             guidance_scale: classifier-free guidance of a teacher, or the input of a student distilled over a range
                 (by default the lowest of it).
+            progress: show a progress bar on stderr.
+            solver: of a teacher: ``heun``, or ``dpmpp_2m`` with one evaluation a step.
 
         Raises:
             ValueError: bad numbers of steps, labels or guidance.
         """
-        batches = self.generate(num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress)
+        batches = self.generate(num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver)
         return torch.cat([images for images, _ in batches])
 
     def guidance(self, scale: float | None) -> float | None:
@@ -87,14 +90,15 @@ class Model:
         return scale
 
     def generate(
-        self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False,
+        solver="heun",
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
         """:meth:`sample` as an iterator over batches of images and labels."""
         steps = DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
         times = self.config.get("sampling", {}).get(str(steps))
         batches = generate(
             self.network, num, num_inference_steps=steps, role=self.role, labels=labels, seed=seed,
-            batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale),
+            batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale), solver=solver,
         )  # fmt: skip
         with tqdm(total=num, desc=f"{self.role}, {steps} steps", unit="image", disable=not progress) as bar:
             for images, used in batches:
@@ -105,12 +109,15 @@ class Model:
         self,
         num: int = 10_000,
         num_inference_steps: int | None = None,
-        features: str = "MNIST-CNN",
+        features: str | None = None,
         data: str = "mnist",
         seed: int = 0,
         progress: bool = False,
     ) -> dict:
-        """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``."""
+        """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
+
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels.
+        """
         from distill.evaluation import build_reference, evaluate
 
         reference = build_reference(data, features, self.network.sample_shape[0])
@@ -128,6 +135,6 @@ def from_pretrained(source: str | Path | Teacher) -> Model:
         FileNotFoundError, ValueError: see :func:`teachers.load`.
     """
     if isinstance(source, Teacher):
-        known = hasattr(source.native, "config")
+        known = is_registered(source.native)
         return Model(source, model_config(source, "teacher") if known else {"role": "teacher", **source.metadata()})
     return Model(teachers.load(source), teachers.load_config(source))

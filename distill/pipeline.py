@@ -25,6 +25,7 @@ class SCMNetwork(ModelMixin, ConfigMixin):
         num_classes: int | None = None, label_format: str = "index", format: str = "scm-distill", version: int = 1,
         role: str = "student", sampling: dict | None = None, guidance_scale: float | None = None,
         guidance_range: list[float] | None = None, teacher: str | None = None, training: dict | None = None,
+        metrics: dict | None = None,
     ):  # fmt: skip
         super().__init__()
         native = build(network, network_config)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from distill.schedule import INTERMEDIATE_TIMES
+
 OBJECTIVES = ("diffusion", "distillation", "training")
 
 
@@ -26,7 +28,7 @@ class NetworkConfig:
 class DataConfig:
     """Where training images come from."""
 
-    source: str = "mnist"  # "mnist" (bundled), "teacher", a parquet file, an image folder, or a hub id
+    source: str  # "mnist" (bundled), "teacher", a parquet file, an image folder, or a hub id
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = "label"  # null: no labels
@@ -69,12 +71,13 @@ class EMAConfig:
 
 @dataclass
 class EvaluationConfig:
-    features: str = "MNIST-CNN"
+    features: str | None = None  # a feature extractor; null: MNIST-CNN for data: mnist, else pixels
     data: str | None = None  # what samples are scored against; null: the training data (with data: teacher, no scores)
     num_samples: int = 2_000
-    num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # 1 to 8 each
     teacher_steps: int = 18  # Heun steps; 0 leaves the teacher out
     batch_size: int = 250
+    validation_samples: int = 500  # samples in 2 steps whose Fréchet distance is logged at every validation; 0: none
     search_samples: int = 0  # samples per trial of a search for better intermediate sampling times; 0: the defaults stay
     also: list[str] = field(default_factory=list)  # bundled students to show in the final grid and table
 
@@ -89,10 +92,10 @@ class Recipe:
     max_train_steps: int
     train_batch_size: int  # per process and accumulation step
     sample_shape: list[int]  # [C, H, W]
+    data: DataConfig  # a string is short for its source
     num_classes: int | None = None
     teacher: str | None = None  # bundled name, file or folder that the run starts from
     network: NetworkConfig | None = None
-    data: DataConfig = field(default_factory=DataConfig)
     seed: int = 0
     # Time proposal: log(sigma_data tan t) ~ N(p_mean, p_std^2).
     p_mean: float = -1.0
@@ -131,9 +134,17 @@ CHOICES = {
 }
 POSITIVE = (
     "sigma_data", "max_train_steps", "train_batch_size", "p_std", "gradient_accumulation_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "logging_steps", "validation_steps", "optimizer.learning_rate", "tangent.constant",
-    "evaluation.num_samples", "evaluation.batch_size",
+    "checkpoints_total_limit", "logging_steps", "validation_steps", "max_nonfinite_steps", "optimizer.learning_rate",
+    "optimizer.epsilon", "optimizer.lr_reference_steps", "tangent.constant", "data.num_teacher_samples",
+    "data.teacher_steps", "evaluation.batch_size",
 )  # fmt: skip
+NOT_NEGATIVE = (
+    "tangent.warmup_steps", "optimizer.lr_warmup_steps", "optimizer.weight_decay", "data.num_workers",
+    "evaluation.teacher_steps", "evaluation.validation_samples", "evaluation.search_samples",
+)  # fmt: skip
+SHARES = ("dropout", "label_dropout", "optimizer.beta1", "optimizer.beta2")  # at least 0, below 1
+MINIMUM_SAMPLES = 50  # of any score
+MAX_STEPS = max(INTERMEDIATE_TIMES)
 
 
 def recipe_path(name: str | Path) -> Path:
@@ -171,7 +182,7 @@ def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
     path = recipe_path(source)
     values = read_yaml(path)
     for key, value in (overrides or {}).items():
-        set_dotted(values, key, value)
+        set_dotted(values, key, {"source": value} if key == "data" and isinstance(value, str) else value)
     return parse_recipe(values, str(path))
 
 
@@ -182,12 +193,19 @@ def read_yaml(path: Path) -> dict:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, got {type(values).__name__}")
+    expand_data(values)
     base = values.pop("base", None)
     if base is None:
         return values
     if not (path.parent / str(base)).is_file():
         raise FileNotFoundError(f"{path}: base recipe {base!r} does not exist beside it")
     return merge(read_yaml(path.parent / base), values)
+
+
+def expand_data(values: dict) -> None:
+    """``data: mnist`` as ``data: {source: mnist}``, so that a later override of one of its keys keeps the source."""
+    if isinstance(values.get("data"), str):
+        values["data"] = {"source": values["data"]}
 
 
 def merge(base: dict, values: dict) -> dict:
@@ -214,7 +232,10 @@ def parse_overrides(arguments: list[str]) -> dict:
         key, equals, text = argument.partition("=")
         if not equals:
             raise ValueError(f"override {argument!r} must look like key=value")
-        value = yaml.safe_load(text) if text else None
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            raise ValueError(f"override {argument!r}: {text!r} is not a YAML value") from None
         overrides[key] = number(value) if isinstance(value, str) else value
     return overrides
 
@@ -230,8 +251,7 @@ def number(text: str):
 def parse_recipe(values: dict, where: str) -> Recipe:
     """Check a mapping of plain values and build the :class:`Recipe`; errors name ``where`` and the key."""
     values = dict(values)
-    if isinstance(values.get("data"), str):
-        values["data"] = {"source": values["data"]}
+    expand_data(values)
     recipe = parse_dataclass(Recipe, values, where, "")
     for key, allowed in CHOICES.items():
         value = get_dotted(recipe, key)
@@ -241,6 +261,12 @@ def parse_recipe(values: dict, where: str) -> Recipe:
     for key in POSITIVE:
         if not get_dotted(recipe, key) > 0:
             raise ValueError(f"{where}: {key} must be positive, got {get_dotted(recipe, key)}")
+    for key in NOT_NEGATIVE:
+        if get_dotted(recipe, key) < 0:
+            raise ValueError(f"{where}: {key} must be 0 or more, got {get_dotted(recipe, key)}")
+    for key in SHARES:
+        if not 0 <= get_dotted(recipe, key) < 1:
+            raise ValueError(f"{where}: {key} must be at least 0 and below 1, got {get_dotted(recipe, key)}")
     check_consistency(recipe, where)
     return recipe
 
@@ -257,6 +283,15 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: stable_targets belongs to objective diffusion; remove it")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
+    if recipe.objective == "diffusion" and recipe.guidance_scale != 1.0:
+        raise ValueError(f"{where}: guidance_scale belongs to objective distillation; remove it")
+    if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
+        raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
+    interval = recipe.guidance_interval
+    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"{where}: guidance_interval must be [low, high], got {interval}")
+    if interval is not None and recipe.guidance_scale == 1.0:
+        raise ValueError(f"{where}: guidance_interval needs a guidance_scale other than 1")
     if isinstance(recipe.guidance_scale, list) and not (
         len(recipe.guidance_scale) == 2 and recipe.guidance_scale[0] < recipe.guidance_scale[1]
     ):
@@ -266,10 +301,18 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     for i, ema in enumerate(recipe.ema):
         if (ema.half_life_images is None) == (ema.sigma_rel is None):
             raise ValueError(f"{where}: ema[{i}] needs exactly one of half_life_images and sigma_rel")
+        if ema.half_life_images is not None and ema.half_life_images <= 0:
+            raise ValueError(f"{where}: ema[{i}].half_life_images must be positive, got {ema.half_life_images}")
     if not recipe.ema:
         raise ValueError(f"{where}: ema needs at least one entry; samples are drawn with the first")
-    if any(n < 1 for n in recipe.evaluation.num_inference_steps):
-        raise ValueError(f"{where}: evaluation.num_inference_steps must be 1 or more")
+    e = recipe.evaluation
+    if not e.num_inference_steps or any(not 1 <= n <= MAX_STEPS for n in e.num_inference_steps):
+        raise ValueError(f"{where}: evaluation.num_inference_steps must be 1 to {MAX_STEPS}, got {e.num_inference_steps}")
+    if e.num_samples < MINIMUM_SAMPLES:
+        raise ValueError(f"{where}: evaluation.num_samples must be at least {MINIMUM_SAMPLES}, got {e.num_samples}")
+    for key in ("validation_samples", "search_samples"):
+        if 0 < getattr(e, key) < MINIMUM_SAMPLES:
+            raise ValueError(f"{where}: evaluation.{key} must be 0 or at least {MINIMUM_SAMPLES}, got {getattr(e, key)}")
 
 
 def get_dotted(recipe: Recipe, key: str):

@@ -2,51 +2,94 @@
 
     accelerate launch distill/run.py recipes/mnist.yaml [key=value ...]
     accelerate launch distill/run.py recipes/mnist.yaml --check
+
+Where the package is installed without its repository: python -m distill.run mnist.yaml
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from distill import visual
-from distill.data import load_images
-from distill.evaluation import Reference, build_reference, evaluate, format_table
+from distill.checkpoint import find_checkpoint
+from distill.data import check_sigma_data, load_images, training_images
+from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
+from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
 from distill.model import Model, from_pretrained
 from distill.recipe import DataConfig, Recipe, load_recipe, parse_overrides
-from distill.sampling import generate, search_times
+from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
-from distill.trainer import Trainer, TrainingError, build_student, build_teacher, save_model, trained_model
-from teachers import Teacher
+from distill.trainer import (
+    Trainer,
+    TrainingError,
+    build_student,
+    build_teacher,
+    check_tracker,
+    load_pretrained,
+    save_model,
+    trained_model,
+)
+from distill.visual import labelled_grid
+from teachers import Teacher, load_config
 from teachers.networks import is_registered
-from teachers.pretrained import write_atomically
+from teachers.pretrained import write_atomically, write_config
 
 
-def run(recipe: Recipe, teacher: Teacher | None = None) -> Model:
+def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """Train by a recipe, then write the student, a sample grid, a metrics table and, of a student, its pipeline.
+
+    Args:
+        pretrained: used in place of the recipe's ``teacher``, for a model in memory.
 
     Everything lands in ``recipe.output_dir``. Returns the trained model; its ``config["metrics"]`` holds the table's
     rows (main process).
     """
-    trainer = Trainer(recipe, teacher)
+    check_evaluation(recipe)
+    trainer = Trainer(recipe, pretrained)
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
         return model
+    folder = trainer.output_dir / "student"
+    save_model(model, folder)
     search_sampling_times(recipe, model)
-    written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
-    save_model(model, trainer.output_dir / "student")
     model.config["metrics"] = report(recipe, model, trainer.teacher)
-    if model.role == "student" and is_registered(model.network.native):
-        model.export(trainer.output_dir / "pipeline")
-        written.append("pipeline/")
+    written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
+    if is_registered(model.network.native):
+        write_config(folder, model.config)
+        if model.role == "student":
+            model.export(trainer.output_dir / "pipeline")
+            written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
     return model
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Look before the training at what is needed only after it, so that nothing is missing then.
+
+    Raises:
+        ValueError, FileNotFoundError: features, data or models that are not there or do not fit.
+    """
+    e, channels = recipe.evaluation, recipe.sample_shape[0]
+    source = evaluation_source(recipe)
+    if source is not None:
+        features = default_features(source) if e.features is None else e.features
+        extract(load_features(features), torch.zeros(1, *recipe.sample_shape), None)
+    if e.data is not None:
+        load_images(DataConfig(e.data), channels)
+    for name in e.also:
+        config = load_config(name)
+        if config["role"] != "student" or list(config["sample_shape"]) != recipe.sample_shape:
+            raise ValueError(f"evaluation.also: {name} is not a student for samples of shape {recipe.sample_shape}")
+    if recipe.resume_from_checkpoint is not None:
+        find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint)
 
 
 def search_sampling_times(recipe: Recipe, model: Model) -> None:
@@ -55,7 +98,7 @@ def search_sampling_times(recipe: Recipe, model: Model) -> None:
     The samples have another seed than those that are reported. The times go into the model's ``config``.
     """
     e = recipe.evaluation
-    reference = build_recipe_reference(recipe) if e.search_samples and model.role == "student" else None
+    reference = recipe_reference(recipe) if e.search_samples and model.role == "student" else None
     if reference is None:
         return
 
@@ -70,63 +113,71 @@ def search_sampling_times(recipe: Recipe, model: Model) -> None:
     for n in e.num_inference_steps:
         start = student_times(n, recipe.sigma_data)
         found[str(n)], best = search_times(score, start)
-        print(f"{n} steps: sampling times {[round(t, 3) for t in found[str(n)]]}, {e.features}-FD {best:.3g}")
+        print(f"{n} steps: sampling times {[round(t, 3) for t in found[str(n)]]}, {reference.extractor.name}-FD {best:.3g}")
     model.config["sampling"] = found
 
 
-def build_recipe_reference(recipe: Recipe) -> Reference | None:
-    """What samples are scored against; ``None`` without a data set."""
-    e = recipe.evaluation
-    if e.data is None and recipe.data.source == "teacher":
-        return None
-    data = recipe.data if e.data is None else DataConfig(e.data)
-    return build_reference(data.source, e.features, recipe.sample_shape[0], data.image_column, data.label_column)
-
-
-def report(recipe: Recipe, student: Model, teacher: Teacher | None) -> dict[str, dict]:
+def report(recipe: Recipe, trained: Model, teacher: Teacher | None) -> dict[str, dict]:
     """Grid and table of the trained network beside its teacher and the students the recipe names."""
     e, output = recipe.evaluation, Path(recipe.output_dir)
-    trained = "this run" if teacher is not None else "trained network"
-    entries = [(trained, student), *((name, from_pretrained(name)) for name in e.also)]
+    reference = recipe_reference(recipe)
+    entries = [("this run" if teacher is not None else "trained network", trained)]
+    entries += [(name, from_pretrained(name)) for name in e.also]
     grid, rows = {}, {}
     if teacher is not None and e.teacher_steps:
-        title = f"teacher, {2 * e.teacher_steps - 1} NFE"
-        teacher_model = Model(teacher, {"role": "teacher"})
-        grid[title], rows[title] = sample_and_score(recipe, teacher_model, e.teacher_steps)
+        title = f"teacher, {count_evaluations(e.teacher_steps)} NFE"
+        grid[title], rows[title] = sample_and_score(recipe, Model(teacher, {"role": "teacher"}), e.teacher_steps, reference)
     for name, model in entries:
         for n in e.num_inference_steps if model.role == "student" else [e.teacher_steps]:
             title = f"{name}, {n} step{'s' * (n > 1)}"
-            grid[title], rows[title] = sample_and_score(recipe, model, n)
+            grid[title], rows[title] = sample_and_score(recipe, model, n, reference)
             rows[title]["training (min)"] = model.config.get("training", {}).get("minutes")
-    visual.labelled_grid(grid, output / "grid.png", "the same noise, teacher and students")
+    labelled_grid(grid, output / "grid.png", "the same noise, teacher and students")
     table = format_table(rows)
-    text = f"{table}\n\nSeed {recipe.seed}; features: {e.features}; reference: {e.data or recipe.data.source}.\n"
+    against = "" if reference is None else f"; features: {reference.extractor.name}; reference: {evaluation_source(recipe)}"
+    text = f"{table}\n\nSeed {recipe.seed}{against}.\n"
     write_atomically(output / "metrics.json", lambda path: path.write_text(json.dumps(rows, indent=2)))
     write_atomically(output / "metrics.md", lambda path: path.write_text(text))
     print("\n" + text)
     return rows
 
 
-def sample_and_score(recipe: Recipe, model: Model, steps: int) -> tuple[torch.Tensor, dict]:
-    """The first 20 images of ``evaluation.num_samples`` and the scores of all."""
+def sample_and_score(recipe: Recipe, model: Model, steps: int, reference: Reference | None) -> tuple[torch.Tensor, dict]:
+    """The first 20 images of ``evaluation.num_samples`` and the scores of all (without a reference: their time alone)."""
     e = recipe.evaluation
-    start = time.perf_counter()
-    batches = list(model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size, progress=True))
-    milliseconds = (time.perf_counter() - start) / e.num_samples * 1000
-    reference = build_recipe_reference(recipe)
-    scores = {} if reference is None else evaluate(batches, reference)
-    images = torch.cat([x for x, _ in batches[: 1 + 20 // e.batch_size]])[:20].cpu()
-    return images, {**scores, "ms/image": milliseconds}
+    generated = model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size, progress=True)
+    batches = TimedBatches(generated, keep=20)
+    scores = {"num_samples": sum(len(x) for x, _ in batches)} if reference is None else evaluate(batches, reference)
+    return torch.cat(batches.first)[:20], {**scores, "ms/image": batches.seconds / e.num_samples * 1000}
+
+
+class TimedBatches:
+    """Passes batches of images on as they come, measures how long each took to be drawn, and keeps the first ``keep``."""
+
+    def __init__(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor | None]], keep: int):
+        self.batches, self.keep = batches, keep
+        self.first: list[torch.Tensor] = []
+        self.seconds = 0.0
+
+    def __iter__(self):
+        start = time.perf_counter()
+        for images, labels in self.batches:
+            self.seconds += time.perf_counter() - start
+            if sum(map(len, self.first)) < self.keep:
+                self.first.append(images.cpu())
+            yield images, labels
+            start = time.perf_counter()
 
 
 def check(recipe: Recipe) -> str:
-    """Validate a recipe without training: files, shapes, the network's derivative, and a memory estimate."""
-    teacher = build_teacher(recipe)
-    student = build_student(recipe, teacher)
+    """Validate a recipe without training: files, shapes, labels, the network's derivative, and a memory estimate."""
+    check_evaluation(recipe)
+    check_tracker(recipe)
+    pretrained = load_pretrained(recipe)
+    teacher = build_teacher(recipe, pretrained)
+    student = build_student(recipe, pretrained)
     if recipe.data.source != "teacher":
-        shape = list(load_images(recipe.data, recipe.sample_shape[0])[0][0].shape)
-        if shape != recipe.sample_shape:
-            raise ValueError(f"images of {recipe.data.source!r} have shape {shape}, the recipe wants {recipe.sample_shape}")
+        check_sigma_data(training_images(recipe), recipe)
     jvp_error = None
     if teacher is not None and recipe.discrete_steps is None:
         jvp_error = check_jvp(student)
@@ -175,6 +226,12 @@ def use_all_cores() -> None:
         torch.set_num_threads(len(allowed(0)) if allowed else os.cpu_count())
 
 
+def stop(*_) -> None:
+    """End on SIGTERM before or after the training loop: what was trained so far is in checkpoints."""
+    print("stopped by SIGTERM outside the training loop; continue with resume_from_checkpoint=latest")
+    raise SystemExit(0)
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="distill/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,6 +245,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, stop)  # inside its loop the trainer handles the signal itself
     use_all_cores()
     torch.set_flush_denormal(True)  # denormals slow small networks on CPUs down, up to ten times
     try:

@@ -106,6 +106,8 @@ def check_condition(model: Teacher, labels: Tensor | None, num: int) -> Tensor |
     if labels.shape != (num,):
         raise ValueError(f"{num} samples need {num} labels, got {labels.numel()}")
     model.check_labels(labels)
+    if (labels == model.num_classes).any():  # the null class is for guidance; a student was never trained on it
+        raise ValueError(f"label {model.num_classes} is out of range: this model has classes 0 to {model.num_classes - 1}")
     return labels
 
 
@@ -229,12 +231,17 @@ def generate(
         role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
         labels: one per image; by default they cycle through the classes.
         guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
+        solver: of a teacher: ``heun`` (2n - 1 evaluations) or ``dpmpp_2m`` (n evaluations).
 
     Raises:
         ValueError: at once, before anything is drawn: bad numbers, times or labels.
     """
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
     seeds = sample_seeds(num, torch.Generator().manual_seed(seed))
     labels = check_condition(model, cycle_labels(model, num) if labels is None else labels, num)
     if role == "teacher":

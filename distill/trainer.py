@@ -1,6 +1,7 @@
 """The training loop: one recipe from start, or from a checkpoint, to a trained network."""
 
 import hashlib
+import importlib.util
 import json
 import math
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
@@ -18,6 +20,7 @@ from distill import checkpoint as ckpt
 from distill.data import StepSampler, training_data, training_loader
 from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, rising_at_small_t
+from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
 from distill.model import Model
 from distill.objectives.scm import Loss, build_objective
@@ -34,34 +37,33 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is left."""
 
 
-def build_teacher(recipe: Recipe) -> Teacher | None:
-    """The recipe's pretrained teacher with its guidance, frozen; ``None`` for objective ``diffusion``.
+def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
+    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``.
 
     Raises:
-        ValueError: a teacher that does not fit the recipe.
+        ValueError: guidance of an unconditional network.
     """
     if recipe.objective == "diffusion":
         return None
-    teacher = load_fitting(recipe).requires_grad_(False)
-    scale = recipe.guidance_scale
-    # Over a range the objective passes its own scales; validation looks at the lowest.
-    teacher.guidance_scale = scale[0] if isinstance(scale, list) else scale
-    if recipe.guidance_scale != 1.0 and teacher.num_classes is None:
+    scale, interval = recipe.guidance_scale, recipe.guidance_interval
+    if scale != 1.0 and pretrained.num_classes is None:
         raise ValueError(f"teacher {recipe.teacher!r} is unconditional and cannot be guided; remove guidance_scale")
-    if recipe.guidance_interval:
-        teacher.guidance_interval = tuple(recipe.guidance_interval)
-    return teacher
+    # Over a range the objective passes its own scales; validation looks at the lowest.
+    low = scale[0] if isinstance(scale, list) else scale
+    return pretrained.guided_by(low, None if interval is None else tuple(interval))
 
 
-def load_fitting(recipe: Recipe) -> Teacher:
-    """The recipe's pretrained network.
+def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | None:
+    """The network that the recipe starts from, or the one ``given`` in its place; ``None`` for one trained from scratch.
 
     Raises:
         FileNotFoundError: it is not there; with the recipe's notes, which may say where to get it.
         ValueError: its samples are not those of the recipe.
     """
+    if recipe.network is not None:
+        return None
     try:
-        teacher = load(recipe.teacher)
+        teacher = load(recipe.teacher) if given is None else given
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None
@@ -73,26 +75,44 @@ def load_fitting(recipe: Recipe) -> Teacher:
     return teacher
 
 
-def build_student(recipe: Recipe, teacher: Teacher | None) -> Teacher:
-    """The network to train: a copy of the teacher; for objective ``diffusion`` a new one, or the teacher itself."""
-    if teacher is not None:
-        student = teacher.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
-    elif recipe.network is None:
-        student = load_fitting(recipe).student()
+def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
+    """The network to train: a copy of the pretrained one, or a new one.
+
+    Raises:
+        ValueError: a network that cannot be built, that does not fit the recipe's samples, or lacks what it needs.
+    """
+    if pretrained is None:
+        student = new_network(recipe)
     else:
-        n = recipe.network
-        named = isinstance(n.parameterization, str)
-        if named and n.parameterization not in PRESETS:
-            raise ValueError(f"network.parameterization is {n.parameterization!r}; allowed: {', '.join(PRESETS)}")
-        convention = PRESETS[n.parameterization] if named else Parameterization(**n.parameterization)
-        student = Teacher(
-            build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
-            n.label_format,
-        )  # fmt: skip
+        student = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
     if recipe.objective == "diffusion" and recipe.label_dropout and student.num_classes is not None:
         student.require_null_class()
     set_dropout(student.native, recipe.dropout)
     return student
+
+
+def new_network(recipe: Recipe) -> Teacher:
+    """A network with random weights, tried out once."""
+    n = recipe.network
+    named = isinstance(n.parameterization, str)
+    if named and n.parameterization not in PRESETS:
+        raise ValueError(f"network.parameterization is {n.parameterization!r}; allowed: {', '.join(PRESETS)}")
+    try:
+        convention = PRESETS[n.parameterization] if named else Parameterization(**n.parameterization)
+    except TypeError as error:
+        raise ValueError(f"network.parameterization: {error}") from None
+    network = Teacher(
+        build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
+        n.label_format,
+    )  # fmt: skip
+    last = None if recipe.num_classes is None else torch.tensor([recipe.num_classes - (recipe.label_dropout == 0)])
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *recipe.sample_shape), torch.ones(1), last)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"network {n.name} does not fit the recipe's sample_shape and num_classes: {reason}") from error
+    return network
 
 
 def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) -> StableTargets:
@@ -108,10 +128,31 @@ def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) ->
 
 
 def set_dropout(network: nn.Module, p: float) -> None:
-    """Set the probability of every module that has a float ``dropout``."""
+    """Set the probability of every ``nn.Dropout``, and of every module that has a float ``dropout``.
+
+    Raises:
+        ValueError: dropout for a network that has none.
+    """
+    found = False
     for module in network.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = p
+        name = "p" if isinstance(module, nn.Dropout) else "dropout"
+        if isinstance(getattr(module, name, None), float):
+            setattr(module, name, p)
+            found = True
+    if p and not found:
+        raise ValueError(f"dropout is {p}, but {type(network).__name__} has none; set it to 0")
+
+
+def check_tracker(recipe: Recipe) -> None:
+    """Raise ``ValueError`` if what the recipe reports to is not installed: accelerate would silently do without."""
+    if recipe.report_to and importlib.util.find_spec(recipe.report_to) is None:
+        raise ValueError(f"report_to: {recipe.report_to} needs a package: pip install {recipe.report_to}")
+
+
+def license_of(model: Teacher | None) -> str | None:
+    """The licence of a pretrained model's weights, which holds for what is derived from them; ``None`` if unknown."""
+    known = model is not None and model.source and is_registered(model.native)
+    return load_config(model.source).get("training", {}).get("license", "unknown") if known else None
 
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -141,20 +182,24 @@ class Trainer:
 
     Args:
         recipe: the experiment.
-        teacher: used in place of the recipe's teacher, for a model that is not on disk.
+        pretrained: used in place of the recipe's ``teacher``, for a model in memory. It is not changed.
 
     After :meth:`train`, ``student`` holds the averaged weights of the recipe's first EMA.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Teacher | None = None):
+    def __init__(self, recipe: Recipe, pretrained: Teacher | None = None):
         self.recipe = recipe
+        check_tracker(recipe)
+        AcceleratorState._reset_state()  # an earlier training of this Python session may have had another precision
         self.output_dir = Path(recipe.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
         )
         self.device = self.accelerator.device
-        self.teacher = build_teacher(recipe) if teacher is None else teacher
-        network = build_student(recipe, self.teacher)
+        pretrained = load_pretrained(recipe, pretrained)
+        self.license = license_of(pretrained)
+        self.teacher = build_teacher(recipe, pretrained)
+        network = build_student(recipe, pretrained)
         if self.teacher is not None:
             self.teacher.to(self.device).eval()
         self.objective = build_objective(recipe, self.teacher)
@@ -177,6 +222,7 @@ class Trainer:
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
         self.endpoint: EndpointError | None = None
+        self.reference: Reference | None = None
         self.endpoint_history: list[dict[float, float]] = []
         self.stop_requested = False
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
@@ -218,10 +264,16 @@ class Trainer:
         )
 
     def resume(self) -> None:
-        """Continue from the recipe's checkpoint, if it names one and one exists."""
-        if self.recipe.resume_from_checkpoint is None:
-            return
-        path = ckpt.find_checkpoint(self.output_dir, self.recipe.resume_from_checkpoint)
+        """Continue from the recipe's checkpoint, if it names one and one exists. What an earlier run left in the folder and
+        this one would overwrite is moved aside.
+        """
+        asked = self.recipe.resume_from_checkpoint
+        path = None if asked is None else ckpt.find_checkpoint(self.output_dir, asked)
+        if self.accelerator.is_main_process:
+            moved = ckpt.set_aside(self.output_dir, path)
+            if moved:
+                self.print(f"{self.output_dir} held an earlier run; what this run would overwrite is now in {moved}")
+        self.accelerator.wait_for_everyone()
         if path is None:
             return
         state = ckpt.load_checkpoint(path, self.modules(), self.optimizer)
@@ -249,8 +301,9 @@ class Trainer:
             self.objective.stable_targets = build_stable_targets(data, recipe, self.device)
         self.resume()
         text = yaml.safe_dump(to_dict(recipe), sort_keys=False)
-        log = MetricsLog(self.output_dir / "metrics.jsonl", self.step)
+        log = MetricsLog(self.output_dir / "metrics.jsonl")
         if self.accelerator.is_main_process:
+            log.cut(self.step)
             write_atomically(self.output_dir / "recipe.yaml", lambda path: path.write_text(text))
         if recipe.report_to:
             self.accelerator.init_trackers("scm-distill", config={"recipe": text})
@@ -339,7 +392,7 @@ class Trainer:
         self.nonfinite["total"] += not finite
         if not finite:
             self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
-        if self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
+        if not finite and self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
             last = next(reversed(ckpt.checkpoints(self.output_dir)), None)
             raise TrainingError(
                 f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}; training "
@@ -368,9 +421,11 @@ class Trainer:
         bar.set_postfix({**shown, "images/s": f"{values['images_per_second']:.0f}"})
 
     def prepare_validation(self, data: Dataset) -> None:
-        """Fix what validation looks at: a few training images for the endpoint error."""
-        if self.teacher is None:
+        """Fix what validation looks at: a few training images for the endpoint error, and real features (main process)."""
+        if self.teacher is None or not self.accelerator.is_main_process:
             return
+        if self.recipe.evaluation.validation_samples:
+            self.reference = recipe_reference(self.recipe)
         indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.recipe.seed))[:16].tolist()
         x0 = torch.stack([data[i][0] for i in indices]).to(self.device)
         labels = None
@@ -393,13 +448,26 @@ class Trainer:
             errors = self.endpoint(self.student, self.validation_guidance)
             self.endpoint_history.append(errors)
             values |= {f"endpoint_error/{t}": e for t, e in errors.items()}
-            self.print(f"step {self.step}: endpoint error " + "  ".join(f"t={t}: {e:.4f}" for t, e in errors.items()))
+            text = "endpoint error " + "  ".join(f"t={t}: {e:.4f}" for t, e in errors.items())
+            if self.reference is not None:
+                values["frechet_distance/2"] = self.validation_distance()
+                text += f"  2-step {self.reference.extractor.name}-FD: {values['frechet_distance/2']:.3g}"
+            self.print(f"step {self.step}: {text}")
             if rising_at_small_t(self.endpoint_history):
-                self.print("warning: endpoint error at the smallest t has doubled since its best: training may diverge")
+                self.print("warning: the endpoint error at the smallest t is rising: training may diverge")
         save_grid(self.sample_rows(), self.output_dir / "samples" / f"{self.step:07d}.png")
         log.write(self.step, values)
         self.accelerator.log(values, step=self.step)
         plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
+
+    def validation_distance(self) -> float:
+        """The Fréchet distance of a few 2-step samples, always the same noise: for its course, not for its value."""
+        r = self.recipe
+        batches = generate(
+            self.student, r.evaluation.validation_samples, num_inference_steps=2, role="student", seed=r.seed,
+            batch_size=r.evaluation.batch_size, guidance=self.validation_guidance,
+        )  # fmt: skip
+        return self.reference.frechet_distance(batches)
 
     def sample_rows(self) -> list[Tensor]:
         """Ten images a row from fixed seeds: a student at 1, 2 and 4 steps, a diffusion network by Heun's method."""
@@ -433,13 +501,23 @@ class Window:
 
 
 class MetricsLog:
-    """A JSONL file, one object a line; lines past the step a run resumes from are dropped."""
+    """A JSONL file, one object a line."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+
+    def cut(self, step: int) -> None:
+        """Keep the lines up to ``step``, from which a run goes on; a line that was not written to its end goes too."""
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line + "\n" for line in lines if self.step(line) <= step]
+        write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept)))
+
+    @staticmethod
+    def step(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return math.inf
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as file:
@@ -457,8 +535,8 @@ def trained_model(trainer: Trainer) -> Model:
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
         extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
-        if network.source:  # weights derived from the teacher's are under its licence
-            training["license"] = load_config(network.source).get("training", {}).get("license", "unknown")
+        if trainer.license is not None:
+            training["license"] = trainer.license
     role = "teacher" if recipe.objective == "diffusion" else "student"
     if is_registered(network.native):
         return Model(network, model_config(network, role, **extra))

@@ -24,9 +24,11 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
 
 
 def save_grid(rows: list[Tensor], path: Path, scale: int = 2, padding: int = 1) -> None:
-    """Rows of images ``(N, C, H, W)`` in [-1, 1] as one PNG, ``scale`` screen pixels a pixel."""
+    """Rows of images ``(N, C, H, W)`` in [-1, 1] as one PNG, ``scale`` screen pixels a pixel; rows may differ in length."""
     cells = [np.pad(to_uint8(row), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)), constant_values=64) for row in rows]
-    grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in cells])
+    columns = max(len(row) for row in cells)
+    full = [np.pad(row, ((0, columns - len(row)), (0, 0), (0, 0), (0, 0)), constant_values=64) for row in cells]
+    grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in full])
     picture = to_pil(grid.repeat(scale, 0).repeat(scale, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
@@ -49,16 +51,22 @@ def labelled_grid(rows: dict[str, Tensor], path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
+CURVES = {
+    "loss": "loss", "tangent_norm": "tangent norm", "grad_norm": "gradient norm", "lr": "learning rate",
+    "frechet_distance/2": "Fréchet distance, 2 steps",
+}  # fmt: skip
+
+
 def plot_curves(log: Path, path: Path) -> None:
-    """Training curves from a JSONL log: loss, tangent norm, gradient norm, and endpoint error by time."""
+    """Training curves from a JSONL log: each logged series, and the endpoint error by time."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6))
-    for axis, key in zip(axes.flat, ("loss", "tangent_norm", "grad_norm"), strict=False):
+    figure, axes = plt.subplots(2, 3, figsize=(14, 6))
+    for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=False):
         points = [(line["step"], line[key]) for line in lines if key in line]
         axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1)
-        axis.set(title=key.replace("_", " "), xlabel="step")
-    plot_endpoint_error(axes[1, 1], lines)
+        axis.set(title=title, xlabel="step")
+    plot_endpoint_error(axes[1, 2], lines)
     figure.tight_layout()
     save_figure(figure, path)
 

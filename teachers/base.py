@@ -165,6 +165,14 @@ class Teacher(nn.Module):
         )  # fmt: skip
         return twin.train(self.training)
 
+    def guided_by(self, guidance_scale: float, guidance_interval: tuple[float, float] | None = None) -> "Teacher":
+        """The same network, not copied, under another guidance."""
+        twin = Teacher(
+            self.native, self.parameterization, self.sigma_data, self.sample_shape, self.num_classes, self.label_format,
+            guidance_scale, guidance_interval, self.source,
+        )  # fmt: skip
+        return twin.train(self.training)
+
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
         return {

@@ -176,7 +176,7 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
     Args:
         role: ``"teacher"`` or ``"student"``.
         extra: further plain values for ``config.json``: ``sampling`` (times by number of steps), ``guidance_scale``
-            (baked in), ``guidance_range``, ``teacher``, ``training``.
+            (baked in), ``guidance_range``, ``teacher``, ``training``, ``metrics`` (rows of a table).
 
     Raises:
         ValueError: for a network that is not one of ours and could not be rebuilt from a config.
@@ -188,6 +188,10 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
 def write_model(folder: Path, model: Teacher, config: dict) -> None:
     """A model folder from a model and its whole ``config.json``."""
     write_weights(folder, model)
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: dict) -> None:
     write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 

@@ -11,14 +11,14 @@ torch.set_num_threads(1)
 
 UNET = dict(
     img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
-    attn_resolutions=[4], dropout=0.0,
+    attn_resolutions=[4], dropout=0.0, label_dropout=0.1,
 )  # fmt: skip
 SIT = dict(
     input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3, learn_sigma=False
 )
 
 
-def small_teacher(kind: str, sigma_data: float = 0.5, **changes) -> teachers.Teacher:
+def small_teacher(kind: str, sigma_data: float = 0.5, classes: int = 3, **changes) -> teachers.Teacher:
     """A tiny network with random weights; zero-initialised layers are perturbed so that they matter."""
     torch.manual_seed(0)
     unet = kind == "SongUNet"
@@ -26,7 +26,7 @@ def small_teacher(kind: str, sigma_data: float = 0.5, **changes) -> teachers.Tea
     for p in native.parameters():
         p.data += 0.05 * torch.randn_like(p)
     convention = teachers.EDM if unet else teachers.RECTIFIED_FLOW
-    return teachers.wrap(native, convention, sigma_data, (1, 8, 8), 3, "one_hot" if unet else "index").eval()
+    return teachers.wrap(native, convention, sigma_data, (1, 8, 8), classes, "one_hot" if unet else "index").eval()
 
 
 @pytest.fixture(params=["SongUNet", "SiT"])

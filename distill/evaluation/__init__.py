@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.data import Images, as_tensors, has_split, load_images
-from distill.evaluation.features import FeatureExtractor, load_features
+from distill.evaluation.features import FeatureExtractor, default_features, load_features
 from distill.evaluation.metrics import (
     FeatureStatistics,
     density_coverage,
@@ -22,12 +22,11 @@ from distill.evaluation.metrics import (
     precision_recall,
 )
 from distill.evaluation.table import format_table
-from distill.recipe import DataConfig
+from distill.recipe import MINIMUM_SAMPLES, DataConfig, Recipe
 from teachers.pretrained import read_safetensors, write_atomically
 
-__all__ = ["Reference", "build_reference", "evaluate", "format_table"]
+__all__ = ["Reference", "build_reference", "evaluate", "evaluation_source", "extract", "format_table", "recipe_reference"]
 
-MINIMUM_SAMPLES = 50
 # Rows for the metrics that compare all pairs; the Fréchet distance uses every image.
 PAIRWISE_SAMPLES = 10_000
 
@@ -86,7 +85,14 @@ class Reference:
 
 @torch.no_grad()
 def extract(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Features ``(N, D)`` of images on their device and whether each is seen as its label."""
+    """Features ``(N, D)`` of images on their device and whether each is seen as its label.
+
+    Raises:
+        ValueError: images of a shape that the extractor does not take.
+    """
+    if extractor.sample_shape not in (None, tuple(images.shape[1:])):
+        want, got = list(extractor.sample_shape), list(images.shape[1:])
+        raise ValueError(f"features {extractor.name} take samples of shape {want}, got {got}; choose others, such as pixels")
     features, hits = [], []
     for start in range(0, len(images), 500):
         batch = images[start : start + 500].cpu()
@@ -99,7 +105,7 @@ def extract(extractor: FeatureExtractor, images: Tensor, labels: Tensor | None) 
 @lru_cache(maxsize=4)
 def build_reference(
     source: str = "mnist",
-    features: str | FeatureExtractor = "MNIST-CNN",
+    features: str | FeatureExtractor | None = None,
     channels: int = 1,
     image_column: str = "image",
     label_column: str | None = "label",
@@ -109,7 +115,7 @@ def build_reference(
 
     What was extracted is kept in Hugging Face's cache folder (``HF_HOME``) and read from there the next time.
     """
-    extractor = load_features(features)
+    extractor = load_features(default_features(source) if features is None else features)
     names = ("train", "test") if has_split(source, "test") else ("train",)
     splits = [load_images(DataConfig(source, name, image_column, label_column), channels) for name in names]
     path = cache_path(extractor, channels, splits)
@@ -124,6 +130,22 @@ def build_reference(
     statistics.count = int(tensors["count"])
     statistics.total, statistics.outer = tensors["total"], tensors["outer"]
     return Reference(extractor, statistics, tensors["rows"], tensors["held_out"], tensors.get("held_out_hits"))
+
+
+def evaluation_source(recipe: Recipe) -> str | None:
+    """The data source that a recipe's samples are scored against; ``None`` without a data set."""
+    if recipe.evaluation.data is not None:
+        return recipe.evaluation.data
+    return None if recipe.data.source == "teacher" else recipe.data.source
+
+
+def recipe_reference(recipe: Recipe) -> Reference | None:
+    """What a recipe's samples are scored against; ``None`` without a data set."""
+    e = recipe.evaluation
+    if evaluation_source(recipe) is None:
+        return None
+    data = recipe.data if e.data is None else DataConfig(e.data)
+    return build_reference(data.source, e.features, recipe.sample_shape[0], data.image_column, data.label_column)
 
 
 def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images]) -> Path | None:

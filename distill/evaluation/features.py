@@ -16,6 +16,8 @@ from teachers.pretrained import load_tensors, read_safetensors
 class FeatureExtractor:
     """``extract`` maps images ``(N, C, H, W)`` in [-1, 1] to features ``(N, D)``; ``classify`` to class indices.
 
+    ``sample_shape`` is the only ``(C, H, W)`` it takes, if there is only one.
+
     ``name`` stands in front of every score: scores on different features are not comparable. ``version`` says which
     weights they are; features of real images are kept on disk by name and version, and without one not at all.
     """
@@ -24,6 +26,7 @@ class FeatureExtractor:
     extract: Callable[[Tensor], Tensor]
     classify: Callable[[Tensor], Tensor] | None = None
     version: str | None = None
+    sample_shape: tuple[int, ...] | None = None
 
 
 def mnist_cnn() -> FeatureExtractor:
@@ -32,7 +35,7 @@ def mnist_cnn() -> FeatureExtractor:
     path = ASSETS / "mnist-cnn.safetensors"
     load_tensors(model, read_safetensors(path), str(path))
     version = hashlib.sha256(path.read_bytes()).hexdigest()
-    return FeatureExtractor("MNIST-CNN", model.features, lambda images: model(images).argmax(1), version)
+    return FeatureExtractor("MNIST-CNN", model.features, lambda images: model(images).argmax(1), version, (1, 28, 28))
 
 
 def pixels() -> FeatureExtractor:
@@ -41,6 +44,11 @@ def pixels() -> FeatureExtractor:
 
 
 EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {"MNIST-CNN": mnist_cnn, "pixels": pixels}
+
+
+def default_features(source: str) -> str:
+    """The extractor for a data source that none was chosen for."""
+    return "MNIST-CNN" if source == "mnist" else "pixels"
 
 
 def load_features(name: str | FeatureExtractor) -> FeatureExtractor:

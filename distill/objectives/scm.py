@@ -184,7 +184,9 @@ class Consistency:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
             return trigflow.velocity(x0, z, t)
-        return self.recipe.sigma_data * self.teacher(x_t, t, labels, guidance)
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.recipe.mixed_precision == "bf16"):
+            F = self.teacher(x_t, t, labels, guidance)
+        return self.recipe.sigma_data * F.to(x_t.dtype)
 
     def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> Tensor:
         """``g`` by forward-mode differentiation along the PF-ODE."""

@@ -137,7 +137,8 @@ class SongUNet(nn.Module):
         label_dim: number of classes, 0 for an unconditional network. Class labels are one-hot ``(B, label_dim)``;
             all zeros is the null class.
         augment_dim: width of EDM's augmentation labels; the tensor exists for released weights and sees zeros.
-        label_dropout: recorded from released checkpoints; labels are dropped by the objective, not by the network.
+        label_dropout: as the network was trained; with 0 it has no null class. Labels are dropped by the objective, not by
+            the network.
         guidance_embedding: adds an input ``guidance`` ``(B,)``: the guidance scale a student was asked for, embedded
             like the time and zero-initialised (sCM, section 5.2).
 
@@ -154,6 +155,7 @@ class SongUNet(nn.Module):
         if img_resolution % self.stride:
             raise ValueError(f"img_resolution {img_resolution} is not a multiple of {self.stride}, its downsampling")
         self.label_dim = label_dim
+        self.null_class = label_dropout > 0
         emb_channels = model_channels * channel_mult_emb
         block = dict(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter)
 
@@ -162,6 +164,7 @@ class SongUNet(nn.Module):
             self.map_label = Linear(label_dim, model_channels, init="kaiming_normal", init_scale=math.sqrt(label_dim))
         if augment_dim:
             self.map_augment = Linear(augment_dim, model_channels, bias=False)
+            self.map_augment.requires_grad_(False)  # sees zeros only
         self.guidance_embedding = guidance_embedding
         if guidance_embedding:
             self.map_guidance = Linear(model_channels, model_channels, bias=False, init_scale=0.0)

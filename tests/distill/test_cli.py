@@ -31,6 +31,8 @@ def test_sample_a_grid(model, tmp_path, capsys):
     assert cli.main(["sample", model, "--num", "16", "--steps", "2", "--labels", "1", "--out", str(out)]) == 0
     assert Image.open(out).size == (8 * 10 * 2, 2 * 10 * 2)
     assert "16 images in" in capsys.readouterr().out
+    assert cli.main(["sample", model, "--num", "7", "--columns", "5", "--out", str(out)]) == 0
+    assert Image.open(out).size == (5 * 10 * 2, 2 * 10 * 2)  # the last row is not full
 
 
 def test_sample_arrays(model, tmp_path):
@@ -82,6 +84,10 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--out", "x.jpg"], "must end in .png or .npz"),
         (["sample", "mnist-edm", "--steps", "0", "--out", "x.png"], "num_inference_steps must be at least 1"),
         (["sample", "mnist-edm", "--labels", "12", "--out", "x.png"], "label 12 is out of range"),
+        (["sample", "mnist-edm", "--labels", "10", "--out", "x.png"], "this model has classes 0 to 9"),
+        (["sample", "mnist-edm", "--solver", "euler", "--out", "x.png"], "allowed: heun, dpmpp_2m"),
+        (["sample", "mnist-edm", "--columns", "0", "--out", "x.png"], "--columns must be at least 1"),
+        (["sample", "mnist-edm", "--batch-size", "0", "--out", "x.png"], "batch_size must be at least 1"),
         (["sample", "mnist-edm", "--num", "0", "--out", "x.png"], "at least 1"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
     ],
@@ -100,7 +106,10 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (["recipes/nothing.yaml"], "no recipe"),
         (["mnist.yaml", "max_train_stepz=3"], "did you mean max_train_steps?"),
         (["mnist.yaml", "teacher=nobody", "--check"], "no model 'nobody'"),
-        (["mnist.yaml", "sample_shape=[3,32,32]", "--check"], "has sample_shape [1, 28, 28]"),
+        (["mnist.yaml", "sample_shape=[3,32,32]", "--check"], "take samples of shape [1, 28, 28], got [3, 32, 32]"),
+        (["mnist.yaml", "evaluation.also=[mnist-edm]"], "mnist-edm is not a student"),
+        (["mnist.yaml", "evaluation.features=inception"], "allowed: MNIST-CNN, pixels"),
+        (["mnist.yaml", "resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint"),
     ],
 )
 def test_recipe_mistakes_are_one_line(arguments, message, capsys):
@@ -170,6 +179,8 @@ def test_python_api_trains_and_exports(make_teacher, tmp_path):
     default = student_times(2, model.network.sigma_data)
     assert times[0] == default[0] and 0 < times[1] < times[0]
     saved = distill.from_pretrained(tmp_path / "run")
-    assert saved.config["sampling"] == distill.from_pretrained(tmp_path / "pipeline").config["sampling"]
+    exported = distill.from_pretrained(tmp_path / "pipeline")
+    for key in ("sampling", "metrics"):
+        assert saved.config[key] == exported.config[key] == model.config[key]
     used, _ = next(generate(saved.network, 3, num_inference_steps=2, role="student", times=times))
     assert torch.equal(saved.sample(3, 2), used)

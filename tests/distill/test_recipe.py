@@ -1,13 +1,17 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from distill.recipe import load_recipe, parse_overrides, parse_recipe, recipe_path, to_dict
+from distill import recipe as recipes
+from distill.recipe import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_path, to_dict
 
-RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
+SECTIONS = [value for value in vars(recipes).values() if dataclasses.is_dataclass(value) and value is not Recipe]
 MINIMAL = dict(
     objective="distillation", output_dir="x", sigma_data=0.5, max_train_steps=1, train_batch_size=4, sample_shape=[1, 8, 8],
-    teacher="mnist-edm",
+    teacher="mnist-edm", data="mnist",
 )  # fmt: skip
 
 
@@ -27,7 +31,7 @@ def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
 def test_a_recipe_inherits_from_its_base(tmp_path):
     (tmp_path / "base.yaml").write_text(
         "objective: distillation\nteacher: mnist-edm\noutput_dir: a\nsigma_data: 0.5\nmax_train_steps: 5\n"
-        "train_batch_size: 4\nsample_shape: [1, 8, 8]\noptimizer: {name: adam, learning_rate: 1e-3}\n"
+        "train_batch_size: 4\nsample_shape: [1, 8, 8]\ndata: mnist\noptimizer: {name: adam, learning_rate: 1e-3}\n"
     )
     (tmp_path / "child.yaml").write_text("base: base.yaml\nmax_train_steps: 7\noptimizer: {learning_rate: 2e-4}\n")
     recipe = load_recipe(tmp_path / "child.yaml")
@@ -61,13 +65,44 @@ def test_overrides_reach_inside_sections():
         ({"objective": "diffusion", "teacher": None}, "exactly one of network"),
         ({"objective": "diffusion", "network": {"name": "SiT", "config": {}}}, "exactly one of network"),
         ({"teacher": None}, "needs the key teacher"),
-        ({"evaluation": {"num_inference_steps": [0]}}, "must be 1 or more"),
+        ({"evaluation": {"num_inference_steps": [0]}}, "must be 1 to 8, got .0."),
+        ({"evaluation": {"num_inference_steps": [9]}}, "must be 1 to 8, got .9."),
+        ({"evaluation": {"num_samples": 10}}, "evaluation.num_samples must be at least 50, got 10"),
+        ({"evaluation": {"search_samples": 10}}, "evaluation.search_samples must be 0 or at least 50, got 10"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"tangent": {"warmup_steps": -1}}, "tangent.warmup_steps must be 0 or more, got -1"),
+        ({"discrete_steps": 1}, "discrete_steps must be 2 or more"),
+        ({"guidance_interval": [0.2, 1.0]}, "guidance_interval needs a guidance_scale other than 1"),
+        ({"guidance_scale": 2.0, "guidance_interval": [1.0, 0.2]}, r"guidance_interval must be \[low, high\]"),
+        ({"ema": [{"half_life_images": 0.0}]}, r"ema\[0\].half_life_images must be positive"),
+        ({"data": {"split": "train"}}, "the key data.source is missing"),
     ],
 )
 def test_mistakes_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_recipe({**MINIMAL, **change}, "recipe.yaml")
     assert str(error.value).startswith("recipe.yaml: ") and "\n" not in str(error.value)
+
+
+def keys_of(config, prefix=""):
+    for field in dataclasses.fields(config):
+        inner = next((c for c in SECTIONS if c.__name__ in str(field.type)), None)
+        yield from keys_of(inner, f"{field.name}.") if inner else [(prefix, field.name)]
+
+
+def test_the_documentation_names_every_key():
+    text = ROOT.joinpath("docs/recipes.md").read_text()
+    keys = list(keys_of(Recipe))
+    assert len(keys) > 60
+    for section, key in keys:
+        assert f"`{key}`" in text, f"{section}{key}"
+
+
+def test_data_by_its_source_alone_can_be_overridden_in_parts(tmp_path):
+    recipe = load_recipe("mnist.yaml", parse_overrides(["data.split=test"]))
+    assert (recipe.data.source, recipe.data.split) == ("mnist", "test")
+    with pytest.raises(ValueError, match=r"'\[1,' is not a YAML value"):
+        parse_overrides(["sample_shape=[1,"])
 
 
 def test_missing_keys_and_broken_files(tmp_path):

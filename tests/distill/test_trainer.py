@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,9 @@ import distill
 import teachers
 from distill import checkpoint as ckpt
 from distill.ema import EMA, power_exponent
+from distill.endpoint import EndpointError, rising_at_small_t
 from distill.recipe import parse_recipe, to_dict
-from distill.trainer import Trainer, TrainingError, learning_rate, save_model, trained_model
+from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, trained_model
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def world(make_teacher, tmp_path):
         sample_shape=[1, 8, 8], num_classes=3, data={"source": str(tmp_path / "train.parquet")}, max_train_steps=6,
         train_batch_size=8, dropout=0.1, checkpointing_steps=2, logging_steps=1, validation_steps=3,
         tangent={"warmup_steps": 4}, optimizer={"learning_rate": 1e-3}, gradient_accumulation_steps=2,
-        ema=[{"half_life_images": 50}, {"sigma_rel": 0.1}],
+        ema=[{"half_life_images": 50}, {"sigma_rel": 0.1}], evaluation={"validation_samples": 0},
     )  # fmt: skip
     return tmp_path, values
 
@@ -132,19 +136,51 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(world):
     assert not list((folder / "run").glob(".checkpoint*"))
 
 
-def test_a_failed_save_keeps_the_earlier_checkpoint(world, monkeypatch):
+@contextmanager
+def file_size_limit(size):
+    """As on a full disk, no file can grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1000, 300_000])  # too small for the weights; too small for the optimizer
+def test_a_failed_save_keeps_the_earlier_checkpoint(world, size):
     folder, values = world
     trainer = run(values, max_train_steps=2)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    before = (folder / "run/checkpoint-2/optimizer.pt").stat().st_size
+    assert before > size
     trainer.step = 4
-    with pytest.raises(OSError, match="No space left.*earlier checkpoints are intact"):
+    with file_size_limit(size), pytest.raises(OSError, match="too large.*earlier checkpoints are intact"):
         trainer.save()
     assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
     assert not list((folder / "run").glob(".checkpoint*"))
+
+
+def test_an_earlier_run_in_the_folder_is_moved_aside(world):
+    folder, values = world
+    run(values, max_train_steps=4)
+    run(values, max_train_steps=2)
+    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
+    moved = {p.name for p in (folder / "run/earlier-1").iterdir()}
+    assert moved == {"checkpoint-2", "checkpoint-4", "curves.png", "metrics.jsonl", "recipe.yaml", "samples"}
+    run(values, max_train_steps=4, resume_from_checkpoint="latest")
+    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2", "checkpoint-4"]
+    run(values, max_train_steps=4, resume_from_checkpoint=str(folder / "run/checkpoint-2"))
+    assert [p.name for p in (folder / "run/earlier-2").iterdir()] == ["checkpoint-4"]
+
+
+def test_a_log_line_that_was_cut_off_is_dropped_on_resume(world):
+    folder, values = world
+    run(values, max_train_steps=2)
+    with (folder / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    run(values, max_train_steps=4, resume_from_checkpoint="latest")
+    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_damaged_checkpoint_is_one_sentence(world):
@@ -163,15 +199,34 @@ def test_a_damaged_checkpoint_is_one_sentence(world):
     [
         ({"sigma_data": 0.8}, "has sigma_data 0.5, the recipe says 0.8"),
         ({"sample_shape": [1, 28, 28]}, "has sample_shape"),
-        ({"data": "mnist"}, "have shape .1, 28, 28., the recipe and its model want"),
+        ({"data": "mnist"}, "have shape .1, 28, 28., the recipe wants .1, 8, 8."),
         ({"data": {"source": "/nowhere.parquet"}}, "does not exist"),
         ({"train_batch_size": 65}, "64 images are fewer than one batch of 65"),
+        ({"data": {"source": "TRAIN", "label_column": None}}, "is read without labels .* the recipe has 3 classes"),
+        ({"data": {"source": "TRAIN", "image_column": "label"}}, "column 'label' .* holds no images"),
+        ({"sample_shape": [2, 8, 8]}, "has sample_shape"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(world, change, message):
-    _, values = world
+    folder, values = world
+    if "source" in change.get("data", ()):
+        change["data"]["source"] = change["data"]["source"].replace("TRAIN", str(folder / "train.parquet"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(values, **change)
+
+
+def test_labels_of_the_data_must_be_classes(world, make_teacher):
+    folder, values = world
+    teachers.save_pretrained(make_teacher("SongUNet", label_dim=2, classes=2), folder / "two", "teacher")
+    with pytest.raises(ValueError, match="label 2 in .*train.parquet' is out of range for num_classes 2"):
+        run(values, teacher=str(folder / "two"), num_classes=2)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_a_tracker_that_is_not_installed_is_refused(world):
+    _, values = world
+    with pytest.raises(ValueError, match="report_to: tensorboard needs a package: pip install tensorboard"):
+        run(values, report_to="tensorboard")
 
 
 def test_sigma_data_is_measured(world, make_teacher):
@@ -221,7 +276,7 @@ def test_a_foreign_network_is_distilled_in_memory(world, capsys):
     torch.manual_seed(0)
     model = distill.from_pretrained(teachers.wrap(Foreign(), teachers.EDM, 0.5, (1, 8, 8)))
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**values, "num_classes": None, "max_train_steps": 2}))
+    path.write_text(yaml.safe_dump({**values, "num_classes": None, "dropout": 0.0, "max_train_steps": 2}))
     before = model.network.native.inner.weight.clone()
     model.train(path, evaluation__features="pixels", evaluation__num_samples=50, evaluation__teacher_steps=0)
     assert model.role == "student" and model.sample(3, 2).shape == (3, 1, 8, 8)
@@ -253,11 +308,73 @@ class Opaque(Foreign):
 def test_a_network_that_forward_mode_cannot_pass_is_refused_before_training(world):
     folder, values = world
     teacher = teachers.wrap(Opaque(), teachers.EDM, 0.5, (1, 8, 8))
-    changes = {"teacher": "in memory", "num_classes": None}
+    changes = {"teacher": "in memory", "num_classes": None, "dropout": 0.0}
+    with pytest.raises(ValueError, match="dropout is 0.1, but Opaque has none"):
+        Trainer(parse_recipe({**values, **changes, "dropout": 0.1}, "test"), teacher)
     with pytest.raises(ValueError, match=r"forward-mode AD cannot pass module 'native' \(Opaque\)"):
         Trainer(parse_recipe({**values, **changes}, "test"), teacher)
     assert not (folder / "run").exists()
     Trainer(parse_recipe({**values, **changes, "discrete_steps": 8}, "test"), teacher)  # needs no derivative
+
+
+def test_training_in_bf16_keeps_weights_in_fp32(world):
+    _, values = world
+    trainer = run(values, mixed_precision="bf16", max_train_steps=2)
+    exact = run(values, mixed_precision="no", max_train_steps=2)
+    for a, b in zip(weights(trainer), weights(exact), strict=True):
+        assert a.dtype == torch.float32 and torch.isfinite(a).all() and (a - b).abs().max() < 5e-3
+    assert not equal(trainer, exact)
+
+
+def test_gradients_are_clipped(world):
+    _, values = world
+    before = weights(Trainer(parse_recipe(values, "test")))
+
+    def movement(limit):  # RAdam's first steps are proportional to the gradient
+        optimizer = {"learning_rate": 1e-3, "max_grad_norm": limit}
+        after = weights(run(values, optimizer=optimizer, max_train_steps=1, adaptive_weighting=False))
+        return max((a - b).abs().max().item() for a, b in zip(after, before, strict=False))
+
+    assert movement(1e-5) < 1e-7 < 1e-6 < movement(None)
+
+
+def test_validation_logs_a_distance_and_the_teacher_is_guided_as_the_recipe_says(world):
+    folder, values = world
+    trainer = run(
+        values, max_train_steps=2, validation_steps=2, evaluation={"validation_samples": 50}, guidance_scale=2.0,
+        guidance_interval=[0.2, 1.4],
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("frechet_distance/2", 0) > 0] == [0, 2]
+    plain = teachers.load(folder / "teacher")
+    assert (trainer.teacher.guidance_scale, trainer.teacher.guidance_interval) == (2.0, (0.2, 1.4))
+    assert build_teacher(trainer.recipe, plain).guidance_scale == 2.0 and plain.guidance_scale == 1.0
+
+
+class Point(torch.nn.Module):
+    """The exact TrigFlow network of data that are one image with all pixels 0.25, and its error times ``scale``."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x, time):
+        t, x_t = time.view(-1, 1, 1, 1), x * 0.5
+        return (t.cos() * x_t - 0.25 * self.scale) / (t.sin() * 0.5)
+
+
+def test_endpoint_error_against_a_closed_form():
+    exact, wrong = (teachers.wrap(Point(scale), teachers.TRIGFLOW, 0.5, (1, 8, 8)) for scale in (1.0, 1.2))
+    endpoint = EndpointError(exact, torch.full((4, 1, 8, 8), 0.25), None)
+    assert all(error < 1e-3 for error in endpoint(exact).values())
+    # f = 0.25 * scale at every t, so the error is 0.25 * 0.2 / 0.5.
+    assert all(abs(error - 0.1) < 1e-3 for error in endpoint(wrong).values())
+
+
+def test_a_rising_endpoint_error_is_seen():
+    history = [{0.3: value} for value in (0.10, 0.05, 0.055)]
+    assert not rising_at_small_t(history) and not rising_at_small_t(history[:1])
+    assert rising_at_small_t([*history, {0.3: 0.061}])
 
 
 def test_a_teacher_is_trained_further(world):
@@ -282,7 +399,7 @@ def test_stable_targets_train_a_teacher(world):
 def test_label_dropout_needs_a_null_class(world, make_teacher):
     folder, values = world
     teachers.save_pretrained(make_teacher("SiT", class_dropout_prob=0.0), folder / "no-null", "teacher")
-    values |= {"objective": "diffusion", "teacher": str(folder / "no-null")}
+    values |= {"objective": "diffusion", "teacher": str(folder / "no-null"), "dropout": 0.0}
     with pytest.raises(ValueError, match="no null class"):
         run(values)
     run(values, label_dropout=0.0, max_train_steps=1)
