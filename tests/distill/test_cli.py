@@ -150,7 +150,7 @@ def test_the_main_job_end_to_end(tmp_path):
         shutil.which("accelerate", path=str(Path(sys.executable).parent)), "launch", "--num_processes", "1",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "distill/run.py", "recipes/mnist.yaml",
         f"output_dir={tmp_path / 'run'}", "max_train_steps=3", "train_batch_size=8", "evaluation.num_samples=50",
-        "evaluation.teacher_steps=2",
+        "evaluation.teacher_steps=2", "evaluation.validation_samples=50",
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
