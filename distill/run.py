@@ -48,8 +48,8 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     Args:
         pretrained: used in place of the recipe's ``teacher``, for a model in memory.
 
-    Everything lands in ``recipe.output_dir``. Returns the trained model; its ``config["metrics"]`` holds the table's
-    rows (main process).
+    Everything lands in ``recipe.output_dir``. Returns the trained model; its ``config["metrics"]`` holds the table's rows of
+    itself and its teacher (main process).
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
@@ -60,7 +60,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     folder = trainer.output_dir / "student"
     save_model(model, folder)
     search_sampling_times(recipe, model)
-    model.config["metrics"] = report(recipe, model, trainer.teacher)
+    rows = report(recipe, model, trainer.teacher)
+    others = tuple(f"{name}, " for name in recipe.evaluation.also)
+    model.config["metrics"] = {title: row for title, row in rows.items() if not title.startswith(others)}
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
