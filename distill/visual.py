@@ -93,5 +93,5 @@ def pyplot():
 
 def save_figure(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight"))
     pyplot().close(figure)
