@@ -1,6 +1,7 @@
 """When and from which seeds a consistency model samples. Exported pipelines carry this file."""
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -46,6 +47,6 @@ def student_times(num_inference_steps: int, sigma_data: float, intermediate: lis
 
 
 def check_times(times: list[float]) -> None:
-    decreasing = all(a > b for a, b in zip(times, times[1:], strict=False))
+    decreasing = all(a > b for a, b in pairwise(times))
     if not (times and decreasing and 0 < times[-1] and times[0] <= math.pi / 2):
         raise ValueError(f"sampling times must decrease within (0, pi/2], got {times}")

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_solvers_converge_to_the_closed_form_of_a_gaussian(solver, order):
     for n in (10, 20, 40):
         end = sampling.sample_teacher(teacher, seeds, None, n, solver, sigma_max=sigma_max)
         errors.append((end - exact).square().mean().sqrt().item())
-    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    rates = [math.log2(a / b) for a, b in pairwise(errors)]
     assert all(rate > order - 0.4 for rate in rates) and errors[-1] < 5e-3, (errors, rates)
 
 
