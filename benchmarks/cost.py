@@ -9,13 +9,15 @@
 """
 
 import argparse
+import ctypes
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -88,18 +90,35 @@ def sampling_times(recipe: str, overrides: dict, batch: int) -> dict:
 
 
 def peak_memory(recipe: str, overrides: dict, objective: str, folder: str) -> float:
-    """MiB above what the imports take, over a few steps. Runs in a process of its own."""
-    before = resident()
+    """MiB: all weights and what training steps allocate at most; the data set is left out. In a process of its own."""
     steps = Steps(recipe, overrides, objective, folder)
-    steps(WARM_UP)
     if torch.cuda.is_available():
+        steps(WARM_UP)
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
+    reset_peak()
+    before = resident("VmRSS")
+    steps(WARM_UP)
+    trainer = steps.trainer
+    modules = [trainer.network, trainer.teacher, *(ema.network for ema in trainer.emas)]
+    return resident("VmHWM") - before + sum(size(module) for module in modules if module is not None)
 
 
-def resident() -> float:
+def reset_peak() -> None:
+    """Give freed memory back, or steps would hide in it, and let ``VmHWM`` start from what is left (Linux, glibc)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> float:
+    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at most since :func:`reset_peak`."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 2**10
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 2**10
+
+
+def size(module: torch.nn.Module) -> float:
+    """MiB of a module's weights."""
+    return sum(p.nbytes for p in module.parameters()) / 2**20
 
 
 def peaks(arguments: list[str], teacher_mib: float) -> dict:
@@ -126,7 +145,7 @@ def main() -> None:
             print(peak_memory(options.recipe, overrides, options.peak, folder))
             return
         teacher = load(load_recipe(options.recipe, overrides).teacher)
-        teacher_mib = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 2**20
+        teacher_mib = size(teacher)
         report = {
             "step": step_times(options.recipe, overrides, folder),
             "peak memory": peaks(["--recipe", options.recipe, *options.overrides], teacher_mib),

@@ -356,6 +356,8 @@ def parse_value(hint, value, where: str, key: str):
             return float(value)
     elif hint is type(None) and value is None:
         return None
+    elif hint is str and value is False:
+        return "no"  # YAML 1.1 reads an unquoted `no` as false
     elif hint in (int, str, bool, dict) and type(value) is hint:
         return value
     name = getattr(hint, "__name__", None) if isinstance(hint, type) else None

@@ -46,6 +46,10 @@ def test_overrides_reach_inside_sections():
         parse_overrides(["max_train_steps"])
 
 
+def test_an_unquoted_no_is_the_word():
+    assert load_recipe("mnist.yaml", parse_overrides(["mixed_precision=no"])).mixed_precision == "no"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
