@@ -11,8 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
+from distill.cpu import tune_cpu
 from distill.evaluation import build_reference
 from distill.recipe import load_recipe, parse_overrides
 from distill.sampling import generate
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--num", type=int, default=2000, help="samples of the Fréchet distance (2000)")
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    tune_cpu()
     path = options.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for index, name in enumerate(ROWS):

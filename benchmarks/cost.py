@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from distill.cpu import tune_cpu
 from distill.recipe import load_recipe, parse_overrides
 from distill.sampling import sample_student, sample_teacher
 from distill.trainer import Trainer, Window
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--peak", choices=OBJECTIVES, help="print the peak memory of one objective in MiB, nothing else")
     options = parser.parse_args()
     overrides = parse_overrides(options.overrides)
-    torch.set_flush_denormal(True)
+    tune_cpu()
     with tempfile.TemporaryDirectory() as folder:
         if options.peak:
             print(peak_memory(options.recipe, overrides, options.peak, folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import teachers
+from distill.cpu import tune_cpu
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -132,6 +133,7 @@ def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = build_parser().parse_args(arguments)
+    tune_cpu()
     try:
         options.action(options)
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ Where the package is installed without its repository: python -m distill.run mni
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from distill.checkpoint import find_checkpoint
+from distill.cpu import tune_cpu
 from distill.data import check_sigma_data, load_images, training_images
 from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
 from distill.evaluation.features import default_features, load_features
@@ -220,14 +220,6 @@ def kept_bytes(student: Teacher, batch: int, mixed_precision: str) -> int:
     return sum(kept.values())
 
 
-def use_all_cores() -> None:
-    """Undo what ``accelerate launch`` does to a single process on CPUs: one thread unless told otherwise."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-        torch.set_num_threads(len(allowed(0)) if allowed else os.cpu_count())
-
-
 def stop(*_) -> None:
     """End on SIGTERM before or after the training loop: what was trained so far is in checkpoints."""
     print("stopped by SIGTERM outside the training loop; continue with resume_from_checkpoint=latest")
@@ -248,8 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, stop)  # inside its loop the trainer handles the signal itself
-    use_all_cores()
-    torch.set_flush_denormal(True)  # denormals slow small networks on CPUs down, up to ten times
+    tune_cpu()
     try:
         recipe = load_recipe(options.recipe, parse_overrides(options.overrides))
         if options.check:
