@@ -48,6 +48,18 @@ class TangentConfig:
 
 
 @dataclass
+class SegmentConfig:
+    """Targets from the far end of a stretch of the teacher's PF-ODE in place of the derivative (distillation only)."""
+
+    max_length: float = 2.0  # in log tan t; the length of each is uniform from 0 to this
+    solver_steps: int = 2  # second-order steps of the teacher along it, two evaluations each
+    until_step: int | None = None  # from this step on the derivative; null: segments to the end
+
+    def active(self, step: int) -> bool:
+        return self.until_step is None or step < self.until_step
+
+
+@dataclass
 class OptimizerConfig:
     name: str = "radam"  # radam, adam or adamw
     learning_rate: float = 1e-4
@@ -104,6 +116,8 @@ class Recipe:
     guidance_scale: float | list[float] = 1.0
     guidance_interval: list[float] | None = None  # TrigFlow times [low, high]
     tangent: TangentConfig = field(default_factory=TangentConfig)
+    segments: SegmentConfig | None = None
+    target_half_life_images: float | None = None  # targets are made by an EMA of the student; null: by the student itself
     adaptive_weighting: bool = True  # learn w(t) (equation 8)
     discrete_steps: int | None = None  # N: discrete-time consistency (appendix E) instead of the JVP
     label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
@@ -287,6 +301,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: guidance_scale belongs to objective distillation; remove it")
     if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
         raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
+    check_targets(recipe, where)
     interval = recipe.guidance_interval
     if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
         raise ValueError(f"{where}: guidance_interval must be [low, high], got {interval}")
@@ -315,6 +330,19 @@ def check_consistency(recipe: Recipe, where: str) -> None:
             raise ValueError(f"{where}: evaluation.{key} must be 0 or at least {MINIMUM_SAMPLES}, got {getattr(e, key)}")
 
 
+def check_targets(recipe: Recipe, where: str) -> None:
+    """Rules for segments and for what makes the targets."""
+    segments, half_life = recipe.segments, recipe.target_half_life_images
+    if half_life is not None and (half_life <= 0 or recipe.objective == "diffusion"):
+        raise ValueError(f"{where}: target_half_life_images must be positive, and belongs to the consistency objectives")
+    if segments is None:
+        return
+    if recipe.objective != "distillation" or recipe.discrete_steps is not None:
+        raise ValueError(f"{where}: segments belong to objective distillation without discrete_steps; remove them")
+    if segments.max_length <= 0 or segments.solver_steps < 1:
+        raise ValueError(f"{where}: segments need a positive max_length and at least 1 of solver_steps, got {segments}")
+
+
 def get_dotted(recipe: Recipe, key: str):
     for part in key.split("."):
         recipe = getattr(recipe, part)
@@ -340,7 +368,11 @@ def parse_dataclass(cls, values, where: str, prefix: str):
 def parse_value(hint, value, where: str, key: str):
     """``value`` as the annotated type ``hint``, or a ``ValueError`` that says what was expected."""
     if isinstance(hint, types.UnionType):
-        for option in typing.get_args(hint):
+        options = typing.get_args(hint)
+        section = next(filter(dataclasses.is_dataclass, options), None)
+        if section is not None and isinstance(value, dict):
+            return parse_value(section, value, where, key)  # its own message says which key is wrong
+        for option in options:
             try:
                 return parse_value(option, value, where, key)
             except ValueError:

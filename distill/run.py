@@ -35,6 +35,7 @@ from distill.trainer import (
     load_pretrained,
     save_model,
     trained_model,
+    uses_derivative,
 )
 from distill.visual import labelled_grid
 from teachers import Teacher, load_config
@@ -181,11 +182,12 @@ def check(recipe: Recipe) -> str:
     if recipe.data.source != "teacher":
         check_sigma_data(training_images(recipe), recipe)
     jvp_error = None
-    if teacher is not None and recipe.discrete_steps is None:
+    if uses_derivative(recipe):
         jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments, and per EMA and teacher one more copy.
-    state = parameters * 4 * (4 + len(recipe.ema) + (teacher is not None))
+    # Weights, gradients, two Adam moments, and one more copy for each EMA and for the teacher.
+    copies = len(recipe.ema) + (recipe.target_half_life_images is not None) + (teacher is not None)
+    state = parameters * 4 * (4 + copies)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",

@@ -143,6 +143,13 @@ def set_dropout(network: nn.Module, p: float) -> None:
         raise ValueError(f"dropout is {p}, but {type(network).__name__} has none; set it to 0")
 
 
+def uses_derivative(recipe: Recipe) -> bool:
+    """Whether some step of the recipe differentiates the network along the PF-ODE."""
+    segments = recipe.segments
+    only_segments = segments is not None and (segments.until_step is None or segments.until_step >= recipe.max_train_steps)
+    return recipe.objective != "diffusion" and recipe.discrete_steps is None and not only_segments
+
+
 def check_tracker(recipe: Recipe) -> None:
     """Raise ``ValueError`` if what the recipe reports to is not installed: accelerate would silently do without."""
     if recipe.report_to and importlib.util.find_spec(recipe.report_to) is None:
@@ -204,6 +211,8 @@ class Trainer:
             self.teacher.to(self.device).eval()
         self.objective = build_objective(recipe, self.teacher)
         self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
+        half_life = recipe.target_half_life_images
+        self.target = None if half_life is None else EMA(network, half_life).to(self.device)
         parameters = [p for p in network.parameters() if p.requires_grad]
         weighting = self.objective.weighting
         parameters += [] if weighting is None else list(weighting.parameters())
@@ -217,7 +226,7 @@ class Trainer:
         # The derivative needs the bare network; it keeps the autocast that prepare added.
         self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
         self.network.train(recipe.dropout > 0)
-        if recipe.objective != "diffusion" and recipe.discrete_steps is None:
+        if uses_derivative(recipe):
             probe_jvp(self.network)
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
@@ -249,6 +258,8 @@ class Trainer:
         """Every module whose weights a checkpoint holds, by file name."""
         modules = {"network": self.network.native}
         modules |= {f"ema-{i}": ema.network.native for i, ema in enumerate(self.emas)}
+        if self.target is not None:
+            modules["target"] = self.target.network.native
         if self.objective.weighting is not None:
             modules["weighting"] = self.accelerator.unwrap_model(self.objective.weighting)
         return modules
@@ -362,7 +373,8 @@ class Trainer:
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)
             with self.synchronization(last=part == parts - 1):
-                result: Loss = self.objective(self.prepared, self.network, x0, labels, self.step, generator)
+                frozen = self.network if self.target is None else self.target.network
+                result: Loss = self.objective(self.prepared, frozen, x0, labels, self.step, generator)
                 self.accelerator.backward(result.loss / parts)
             losses.append(result)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -376,7 +388,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
-            for ema in self.emas:
+            for ema in filter(None, [*self.emas, self.target]):
                 ema.update(self.network, self.step * self.batch_images, self.batch_images)
             logs = {k: torch.stack([r.logs[k] for r in losses]).mean() for k in losses[0].logs}
             window.add({"loss": loss, "grad_norm": grad_norm, **logs})

@@ -16,6 +16,7 @@ from distill import trigflow
 from distill.jvp import jvp, record_rng, replay_rng
 from distill.objectives.stable_targets import StableTargets
 from distill.recipe import Recipe, TangentConfig
+from distill.sampling import denoiser, exponential_heun
 from teachers import Teacher
 from teachers.networks.layers import PositionalEmbedding
 
@@ -116,7 +117,8 @@ class Diffusion:
 
 
 class Consistency:
-    """sCM (Algorithm 1): distillation from a teacher (sCD), or training from data alone (sCT).
+    """sCM (Algorithm 1): distillation from a teacher (sCD), or training from data alone (sCT). With the recipe's
+    ``segments``, first the tangent integrated along stretches of the teacher's PF-ODE, which needs no derivative.
 
     Args:
         recipe: the experiment; see :class:`distill.recipe.Recipe`.
@@ -133,36 +135,67 @@ class Consistency:
 
         Args:
             student: the prepared network whose forward is differentiated (DDP, FSDP or plain).
-            network: the same network unwrapped, for the derivative along the PF-ODE.
+            network: ``F^-`` of Algorithm 1, from which targets are made: the same network unwrapped, or its average.
             x0: images ``(B, C, H, W)``; ``labels`` ``(B,)`` or ``None``.
-            step: optimizer steps done, for the tangent warm-up.
+            step: optimizer steps done, for the tangent warm-up and the end of the segments.
             generator: CPU generator of this step's noise, times and guidance scales.
         """
         p = self.recipe
-        sd = p.sigma_data
         t, t_next = self.sample_times(len(x0), generator, x0.device)
-        z = sd * torch.randn(x0.shape, generator=generator).to(x0.device)
+        z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
         guidance = self.sample_guidance(len(x0), generator, x0.device)
         x_t = trigflow.perturb(x0, z, t)
-        r = min(1.0, step / p.tangent.warmup_steps) if p.tangent.warmup_steps else 1.0
-
-        with torch.no_grad():
-            dx_dt = self.pf_ode_velocity(x0, z, x_t, t, labels, guidance)
-        # The loss forward must see the dropout masks that the derivative saw.
+        # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
-        if self.grid is None:
-            g = self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
+        end = None
+        if p.segments is not None and p.segments.active(step):
+            length = p.segments.max_length * torch.rand(len(x0), generator=generator).clamp(min=1e-3).to(x0.device)
+            end = self.segment_end(network, x_t, t, length, labels, guidance)
         else:
-            g = self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
-        tangent_norm = mean_square(g).sqrt()
-        g = normalize_tangent(g, p.tangent)
+            frozen, g = self.tangent(network, x0, z, x_t, t, t_next, labels, guidance, step, rng)
         with replay_rng(rng) if rng else nullcontext():
             F = student(x_t, t, labels, guidance)
-        # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
-        # compiled code that difference is as large as g.
-        error = mean_square(F - (F.detach() + g))
-        logs = {"tangent_norm": tangent_norm.mean(), "squared_error": error.detach().mean()}
+        if end is not None:
+            frozen, g = F.detach(), end - F.detach()
+        elif p.target_half_life_images is None:
+            # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
+            # compiled code that difference is as large as g.
+            frozen = F.detach()
+        error = mean_square(F - (frozen + normalize_tangent(g, p.tangent)))
+        logs = {"tangent_norm": mean_square(g).sqrt().mean(), "squared_error": error.detach().mean()}
         return Loss(weighted_loss(error, t, self.weighting), logs)
+
+    def tangent(self, network, x0, z, x_t, t, t_next, labels, guidance, step: int, rng) -> tuple[Tensor, Tensor]:
+        """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``."""
+        warmup = self.recipe.tangent.warmup_steps
+        r = min(1.0, step / warmup) if warmup else 1.0
+        with torch.no_grad():
+            dx_dt = self.pf_ode_velocity(x0, z, x_t, t, labels, guidance)
+        if self.grid is None:
+            return self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
+        return self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
+
+    @torch.no_grad()
+    def segment_end(self, network, x_t, t, length, labels, guidance) -> Tensor:
+        """The ``F`` at ``(x_t, t)`` with which ``f(x_t, t) = f^-(x_s, s)``, where the teacher's PF-ODE takes ``x_t`` to
+        ``x_s`` and ``log tan s = log tan t - length``.
+
+        ``F - F^-`` is ``g / sigma_data`` integrated over the segment in ``log tan``, so for short segments it is
+        ``g length / sigma_data``.
+        """
+        sd = self.recipe.sigma_data
+        ramp = torch.linspace(0, 1, self.recipe.segments.solver_steps + 1, device=x_t.device)
+        sigmas = trigflow.expand(sd * t.tan() * torch.exp(-ramp[:, None] * length), x_t[None])
+        with self.autocast(x_t.device):
+            x = exponential_heun(denoiser(self.teacher, labels, guidance), x_t / trigflow.expand(t.cos(), x_t), sigmas)
+            s = trigflow.time_from_sigma(sigmas[-1].flatten(), sd)
+            x_s = trigflow.expand(s.cos(), x) * x
+            F = network(x_s, s, labels, guidance).to(x_t.dtype)
+        return trigflow.network_output(x_t, trigflow.consistency_function(x_s, F, s, sd), t, sd)
+
+    def autocast(self, device: torch.device):
+        """The recipe's precision, for networks that Accelerate did not prepare."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.mixed_precision == "bf16")
 
     def sample_times(self, n: int, generator, device) -> tuple[Tensor, Tensor | None]:
         """Times ``t`` and, for the discrete objective, their next smaller grid times; fp32."""
@@ -184,35 +217,38 @@ class Consistency:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
             return trigflow.velocity(x0, z, t)
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.recipe.mixed_precision == "bf16"):
+        with self.autocast(x_t.device):
             F = self.teacher(x_t, t, labels, guidance)
         return self.recipe.sigma_data * F.to(x_t.dtype)
 
-    def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> Tensor:
-        """``g`` by forward-mode differentiation along the PF-ODE."""
+    def continuous_tangent(self, network, x_t, t, dx_dt, labels, guidance, r) -> tuple[Tensor, Tensor]:
+        """``F^-`` and ``g`` by forward-mode differentiation along the PF-ODE."""
         cos_sin = t.cos() * t.sin()
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
-        F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
+        with self.autocast(x_t.device):
+            F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
+        F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)
         if not self.recipe.tangent.rearrangement:
             dF = trigflow.expand(cos_sin, x_t) * dF
-        return consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
+        return F, consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
 
     @torch.no_grad()
-    def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> Tensor:
-        """``g`` from one DDIM step of the teacher, ``g = cos(t) (f(x_t, t) - f(x_t', t')) / sin(t - t')``
+    def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> tuple[Tensor, Tensor]:
+        """``F^-`` and ``g`` from one DDIM step of the teacher, ``g = cos(t) (f(x_t, t) - f(x_t', t')) / sin(t - t')``
         with the warm-up of appendix E.
         """
         sd = self.recipe.sigma_data
         x_next = trigflow.ddim_step(x_t, dx_dt / sd, t, t_next, sd)
-        F = network(x_t, t, labels, guidance)
-        with replay_rng(rng) if rng else nullcontext():
-            F_next = network(x_next, t_next, labels, guidance)
+        with self.autocast(x_t.device):
+            F = network(x_t, t, labels, guidance).to(x_t.dtype)
+            with replay_rng(rng) if rng else nullcontext():
+                F_next = network(x_next, t_next, labels, guidance).to(x_t.dtype)
         t, t_next = trigflow.expand(t, x_t), trigflow.expand(t_next, x_t)
         step = t - t_next
         slope = (step.cos() * F - F_next) / step.sin()
         g = -t_next.cos() * (sd * F - dx_dt) - r * t_next.sin() * (x_t + sd * slope)
-        return t.cos() * g
+        return F, t.cos() * g
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

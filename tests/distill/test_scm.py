@@ -42,10 +42,10 @@ def test_tangent_is_cos_t_df_dt_by_finite_differences(make_teacher):
         h = 1e-5
         slope = (f(x_t + h * dx_dt, t + h) - f(x_t - h * dx_dt, t - h)) / (2 * h)
     objective = scm.Consistency(recipe(), teacher)
-    g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
     torch.testing.assert_close(g, trigflow.expand(t.cos(), g) * slope, rtol=1e-6, atol=1e-7)
     objective.recipe.tangent.rearrangement = False
-    plain = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    _, plain = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
     torch.testing.assert_close(plain, g, rtol=1e-8, atol=1e-10)
 
 
@@ -58,36 +58,98 @@ def test_discrete_tangent_approaches_the_continuous_one(make_teacher):
     x_t = trigflow.perturb(X0.double(), SD * torch.randn(4, 1, 8, 8, dtype=torch.float64), t)
     dx_dt = SD * teacher(x_t, t, LABELS).detach()
     for r in (0.3, 1.0):
-        g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, r)
+        _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, r)
         errors = []
         for step in (1e-2, 1e-3):
-            d = objective.discrete_tangent(student, x_t, t, t - step, dx_dt, LABELS, None, r, None)
+            _, d = objective.discrete_tangent(student, x_t, t, t - step, dx_dt, LABELS, None, r, None)
             errors.append((d - g).norm() / g.norm())
         assert errors[1] < 0.01 and errors[0] / errors[1] > 5
 
 
-def test_the_exact_consistency_function_has_no_tangent():
-    """For Gaussian data the exact student is a fixed point: g = 0 under the exact teacher."""
+class ExactGaussian(nn.Module):
+    """TrigFlow network of ``N(0, s^2)`` data: the PF-ODE's velocity, or the exact consistency function."""
+
     s = 0.3
 
-    class Exact(nn.Module):
-        def __init__(self, consistency):
-            super().__init__()
-            self.consistency = consistency
+    def __init__(self, consistency):
+        super().__init__()
+        self.consistency = consistency
 
-        def forward(self, x, time):
-            t, x = time.view(-1, 1, 1, 1), x * SD
-            variance = (s * t.cos()).square() + (SD * t.sin()).square()
-            if self.consistency:
-                return (t.cos() * x - s * x / variance.sqrt()) / (t.sin() * SD)
-            return (SD**2 - s**2) * t.sin() * t.cos() * x / (variance * SD)
+    def forward(self, x, time):
+        t, x = time.view(-1, 1, 1, 1), x * SD
+        variance = (self.s * t.cos()).square() + (SD * t.sin()).square()
+        if self.consistency:
+            return (t.cos() * x - self.s * x / variance.sqrt()) / (t.sin() * SD)
+        return (SD**2 - self.s**2) * t.sin() * t.cos() * x / (variance * SD)
 
-    teacher, student = (teachers.wrap(Exact(c), teachers.TRIGFLOW, SD, (1, 8, 8)) for c in (False, True))
-    objective = scm.Consistency(recipe(num_classes=None), teacher)
+
+def exact_gaussian():
+    """Teacher, exact student, and noisy samples."""
+    networks = [teachers.wrap(ExactGaussian(c), teachers.TRIGFLOW, SD, (1, 8, 8)) for c in (False, True)]
     t = torch.tensor([0.1, 0.7, 1.2, 1.55], dtype=torch.float64)
-    x_t = SD * torch.randn(4, 1, 8, 8, dtype=torch.float64)
-    g = objective.continuous_tangent(student, x_t, t, SD * teacher(x_t, t), None, None, 1.0)
+    x_t = SD * torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=generator())
+    return *networks, x_t, t
+
+
+def test_the_exact_consistency_function_has_no_tangent():
+    """For Gaussian data the exact student is a fixed point: g = 0 under the exact teacher."""
+    teacher, student, x_t, t = exact_gaussian()
+    objective = scm.Consistency(recipe(num_classes=None), teacher)
+    _, g = objective.continuous_tangent(student, x_t, t, SD * teacher(x_t, t), None, None, 1.0)
     assert g.abs().max() < 1e-12
+
+
+def test_the_exact_consistency_function_is_what_segments_ask_for():
+    """Up to the solver's error, which is of second order in the number of its steps."""
+    teacher, student, x_t, t = exact_gaussian()
+    errors = []
+    for steps in (2, 8):
+        objective = scm.Consistency(recipe(num_classes=None, segments={"solver_steps": steps}), teacher)
+        length = torch.tensor([0.1, 0.9, 1.5, 2.0], dtype=torch.float64)
+        end = objective.segment_end(student, x_t, t, length, None, None)
+        errors.append((end - student(x_t, t)).abs().max().item())
+    assert errors[0] < 0.05 and errors[1] < errors[0] / 10
+
+
+def test_short_segments_are_the_tangent(make_teacher):
+    """``F_end - F^- = g length / sigma_data`` in the limit."""
+    teacher, student = make_teacher("SongUNet").double(), make_teacher("SongUNet").double()
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    objective = scm.Consistency(recipe(segments={}), teacher)
+    t = torch.tensor([0.2, 0.7, 1.2, 1.5], dtype=torch.float64)
+    x_t = trigflow.perturb(X0.double(), SD * torch.randn(4, 1, 8, 8, dtype=torch.float64), t)
+    with torch.no_grad():
+        F, g = objective.continuous_tangent(student, x_t, t, SD * teacher(x_t, t, LABELS), LABELS, None, 1.0)
+    errors = []
+    for length in (1e-2, 1e-3):
+        end = objective.segment_end(student, x_t, t, torch.full_like(t, length), LABELS, None)
+        errors.append(((end - F) * SD / length - g).norm() / g.norm())
+    assert errors[1] < 0.01 and errors[0] / errors[1] > 5
+
+
+def test_segments_give_way_to_the_derivative(make_teacher):
+    teacher, student = make_teacher("SiT"), make_teacher("SiT")
+    both = scm.Consistency(recipe(segments={"until_step": 3}), teacher)
+    derivative = scm.Consistency(recipe(), teacher)
+    losses = [both(student, student, X0, LABELS, step, generator()).loss for step in (2, 3)]
+    assert losses[1] == derivative(student, student, X0, LABELS, 3, generator()).loss != losses[0]
+
+
+def test_targets_of_an_average_pull_the_student_towards_it(make_teacher):
+    """With the average in place of F^-, the loss is that of F against F_average + g."""
+    teacher, student, average = make_teacher("SiT"), make_teacher("SiT"), make_teacher("SiT")
+    for p in average.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    objective = scm.Consistency(recipe(target_half_life_images=10.0, tangent={"warmup_steps": 0}), teacher)
+    loss = objective(student, average, X0, LABELS, 0, generator()).loss
+    gen = generator()
+    t = trigflow.sample_times(4, -1.0, 1.4, SD, gen).float()
+    x_t = trigflow.perturb(X0, SD * torch.randn(X0.shape, generator=gen), t)
+    dx_dt = SD * teacher(x_t, t, LABELS).detach()
+    F, g = objective.continuous_tangent(average, x_t, t, dx_dt, LABELS, None, 1.0)
+    target = F + scm.normalize_tangent(g, objective.recipe.tangent)
+    torch.testing.assert_close(loss, (student(x_t, t, LABELS) - target).square().mean())
 
 
 def test_gradient_is_that_of_the_linearised_loss(make_teacher):
@@ -103,7 +165,7 @@ def test_gradient_is_that_of_the_linearised_loss(make_teacher):
     t = trigflow.sample_times(4, -1.0, 1.4, SD, gen).float()
     x_t = trigflow.perturb(X0, SD * torch.randn(X0.shape, generator=gen), t)
     dx_dt = SD * teacher(x_t, t, LABELS).detach()
-    g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
+    _, g = objective.continuous_tangent(student, x_t, t, dx_dt, LABELS, None, 1.0)
     g = scm.normalize_tangent(g, objective.recipe.tangent)
     (-2 * (student(x_t, t, LABELS) * g).flatten(1).mean(1).mean()).backward()
     torch.testing.assert_close(got, student.native.x_embedder.proj.weight.grad, rtol=1e-4, atol=1e-6)

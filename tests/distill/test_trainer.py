@@ -59,10 +59,15 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
 
 
-@pytest.mark.parametrize("objective", ["distillation", "training", "discrete"])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, objective):
+SEGMENTS = {"segments": {"until_step": 4}, "target_half_life_images": 30.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"objective": "training"}, {"discrete_steps": 16}, SEGMENTS], ids=["sCD", "sCT", "discrete", "segments"]
+)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, changes):
     folder, values = world
-    values |= {"discrete_steps": 16} if objective == "discrete" else {"objective": objective}
+    values |= changes
     whole = run(values, output_dir=str(folder / "whole"))
     parts = parse_recipe({**values, "output_dir": str(folder / "parts")}, "test")
     first = Trainer(parts)
