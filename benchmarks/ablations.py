@@ -1,4 +1,4 @@
-"""Each stabiliser of the objective switched off alone: what happens to the student.
+"""Each stabiliser of the objective switched off alone, and what this project adds: what happens to the student.
 
     python benchmarks/ablations.py [--recipe RECIPE] [key=value ...] --out runs/ablations
 
@@ -27,6 +27,11 @@ ROWS = {
     "adaptive weighting switched": {"adaptive_weighting": None},
     "discrete time, N = 64": {"discrete_steps": 64},
     "discrete time, N = 1024": {"discrete_steps": 1024},
+    "targets from an average": {"target_half_life_images": 2000.0},
+    "segments where t < 1, at first everywhere": {
+        "target_half_life_images": 2000.0, "segments.everywhere_until": 200, "tangent.warmup_steps": 0,
+        "optimizer.learning_rate": 1e-3,
+    },  # fmt: skip
 }
 
 
@@ -65,7 +70,7 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/mnist.yaml")
+    parser.add_argument("--recipe", default="recipes/mnist-tangent.yaml")
     parser.add_argument("overrides", nargs="*", help="recipe values as key=value, for every row")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--num", type=int, default=2000, help="samples of the Fréchet distance (2000)")

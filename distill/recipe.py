@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -49,14 +50,16 @@ class TangentConfig:
 
 @dataclass
 class SegmentConfig:
-    """Targets from the far end of a stretch of the teacher's PF-ODE in place of the derivative (distillation only)."""
+    """Targets from the far end of a stretch of the teacher's PF-ODE in place of the tangent (distillation only)."""
 
     max_length: float = 2.0  # in log tan t; the length of each is uniform from 0 to this
     solver_steps: int = 2  # second-order steps of the teacher along it, two evaluations each
-    until_step: int | None = None  # from this step on the derivative; null: segments to the end
+    everywhere_until: int = 0  # for so many optimizer steps, segments at every t
+    below: float = 1.0  # afterwards only at TrigFlow times below this, and the tangent above
 
-    def active(self, step: int) -> bool:
-        return self.until_step is None or step < self.until_step
+    def covers(self, t, step: int):
+        """Which of the times ``t``, a tensor ``(B,)``, are on segments at an optimizer step."""
+        return t < (math.inf if step < self.everywhere_until else self.below)
 
 
 @dataclass
@@ -339,8 +342,13 @@ def check_targets(recipe: Recipe, where: str) -> None:
         return
     if recipe.objective != "distillation" or recipe.discrete_steps is not None:
         raise ValueError(f"{where}: segments belong to objective distillation without discrete_steps; remove them")
-    if segments.max_length <= 0 or segments.solver_steps < 1:
-        raise ValueError(f"{where}: segments need a positive max_length and at least 1 of solver_steps, got {segments}")
+    if half_life is None:
+        raise ValueError(f"{where}: segments need target_half_life_images, the average that their targets come from")
+    if segments.max_length <= 0 or segments.solver_steps < 1 or segments.everywhere_until < 0 or segments.below < 0:
+        raise ValueError(
+            f"{where}: segments need a positive max_length, solver_steps of at least 1, and everywhere_until and below of "
+            "at least 0"
+        )
 
 
 def get_dotted(recipe: Recipe, key: str):

@@ -146,8 +146,10 @@ def set_dropout(network: nn.Module, p: float) -> None:
 def uses_derivative(recipe: Recipe) -> bool:
     """Whether some step of the recipe differentiates the network along the PF-ODE."""
     segments = recipe.segments
-    only_segments = segments is not None and (segments.until_step is None or segments.until_step >= recipe.max_train_steps)
-    return recipe.objective != "diffusion" and recipe.discrete_steps is None and not only_segments
+    everywhere = segments is not None and (
+        segments.everywhere_until >= recipe.max_train_steps or segments.below >= math.pi / 2
+    )
+    return recipe.objective != "diffusion" and recipe.discrete_steps is None and not everywhere
 
 
 def check_tracker(recipe: Recipe) -> None:

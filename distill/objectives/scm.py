@@ -116,9 +116,24 @@ class Diffusion:
         return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
 
 
+class NoisyBatch(NamedTuple):
+    """Images on the diffusion process: ``x_t = cos(t) x0 + sin(t) z``, and the condition they are denoised under."""
+
+    x0: Tensor  # (B, C, H, W)
+    z: Tensor
+    x_t: Tensor
+    t: Tensor  # (B,)
+    t_next: Tensor | None  # the next smaller time of the discrete objective
+    labels: Tensor | None
+    guidance: Tensor | None
+
+    def rows(self, mask: Tensor) -> "NoisyBatch":
+        return NoisyBatch(*(None if values is None else values[mask] for values in self))
+
+
 class Consistency:
     """sCM (Algorithm 1): distillation from a teacher (sCD), or training from data alone (sCT). With the recipe's
-    ``segments``, first the tangent integrated along stretches of the teacher's PF-ODE, which needs no derivative.
+    ``segments``, part of the samples learn from a stretch of the teacher's PF-ODE instead of from its tangent.
 
     Args:
         recipe: the experiment; see :class:`distill.recipe.Recipe`.
@@ -141,39 +156,56 @@ class Consistency:
             generator: CPU generator of this step's noise, times and guidance scales.
         """
         p = self.recipe
-        t, t_next = self.sample_times(len(x0), generator, x0.device)
-        z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
-        guidance = self.sample_guidance(len(x0), generator, x0.device)
-        x_t = trigflow.perturb(x0, z, t)
+        batch = self.noisy_batch(x0, labels, generator)
+        on_segment = None if p.segments is None else p.segments.covers(batch.t, step)
         # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
-        end = None
-        if p.segments is not None and p.segments.active(step):
-            length = p.segments.max_length * torch.rand(len(x0), generator=generator).clamp(min=1e-3).to(x0.device)
-            end = self.segment_end(network, x_t, t, length, labels, guidance)
+        if on_segment is None:
+            frozen, g = self.tangent(network, batch, step, rng)
         else:
-            frozen, g = self.tangent(network, x0, z, x_t, t, t_next, labels, guidance, step, rng)
+            frozen, g = self.segment_targets(network, batch, on_segment, step, generator)
         with replay_rng(rng) if rng else nullcontext():
-            F = student(x_t, t, labels, guidance)
-        if end is not None:
-            frozen, g = F.detach(), end - F.detach()
-        elif p.target_half_life_images is None:
+            F = student(batch.x_t, batch.t, labels, batch.guidance)
+        if p.target_half_life_images is None:
             # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
             # compiled code that difference is as large as g.
             frozen = F.detach()
+        if on_segment is not None:
+            rows, now = trigflow.expand(on_segment, F), F.detach()
+            frozen, g = torch.where(rows, now, frozen), torch.where(rows, frozen - now, g)
         error = mean_square(F - (frozen + normalize_tangent(g, p.tangent)))
         logs = {"tangent_norm": mean_square(g).sqrt().mean(), "squared_error": error.detach().mean()}
-        return Loss(weighted_loss(error, t, self.weighting), logs)
+        return Loss(weighted_loss(error, batch.t, self.weighting), logs)
 
-    def tangent(self, network, x0, z, x_t, t, t_next, labels, guidance, step: int, rng) -> tuple[Tensor, Tensor]:
+    def noisy_batch(self, x0, labels, generator) -> NoisyBatch:
+        """Step 1 of Algorithm 1."""
+        t, t_next = self.sample_times(len(x0), generator, x0.device)
+        z = self.recipe.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
+        guidance = self.sample_guidance(len(x0), generator, x0.device)
+        return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
+
+    def tangent(self, network, batch: NoisyBatch, step: int, rng) -> tuple[Tensor, Tensor]:
         """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``."""
+        x0, z, x_t, t, t_next, *condition = batch
         warmup = self.recipe.tangent.warmup_steps
         r = min(1.0, step / warmup) if warmup else 1.0
         with torch.no_grad():
-            dx_dt = self.pf_ode_velocity(x0, z, x_t, t, labels, guidance)
+            dx_dt = self.pf_ode_velocity(x0, z, x_t, t, *condition)
         if self.grid is None:
-            return self.continuous_tangent(network, x_t, t, dx_dt, labels, guidance, r)
-        return self.discrete_tangent(network, x_t, t, t_next, dx_dt, labels, guidance, r, rng)
+            return self.continuous_tangent(network, x_t, t, dx_dt, *condition, r)
+        return self.discrete_tangent(network, x_t, t, t_next, dx_dt, *condition, r, rng)
+
+    def segment_targets(self, network, batch: NoisyBatch, on_segment, step: int, generator) -> tuple[Tensor, Tensor]:
+        """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros."""
+        first, second = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
+        length = torch.rand(len(batch.t), generator=generator).clamp(min=1e-3).to(batch.t.device)
+        if not on_segment.all():
+            first[~on_segment], second[~on_segment] = self.tangent(network, batch.rows(~on_segment), step, None)
+        if on_segment.any():
+            rows = batch.rows(on_segment)
+            length = self.recipe.segments.max_length * length[on_segment]
+            first[on_segment] = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
+        return first, second
 
     @torch.no_grad()
     def segment_end(self, network, x_t, t, length, labels, guidance) -> Tensor:

@@ -79,6 +79,12 @@ def test_an_unquoted_no_is_the_word():
         ({"guidance_interval": [0.2, 1.0]}, "guidance_interval needs a guidance_scale other than 1"),
         ({"guidance_scale": 2.0, "guidance_interval": [1.0, 0.2]}, r"guidance_interval must be \[low, high\]"),
         ({"ema": [{"half_life_images": 0.0}]}, r"ema\[0\].half_life_images must be positive"),
+        ({"segments": {}}, "segments need target_half_life_images"),
+        ({"segments": {"length": 1.0}}, "unknown key segments.length; did you mean segments.max_length?"),
+        ({"segments": {}, "discrete_steps": 64}, "segments belong to objective distillation without discrete_steps"),
+        ({"segments": {}, "objective": "training"}, "segments belong to objective distillation"),
+        ({"segments": {"solver_steps": 0}, "target_half_life_images": 9.0}, "solver_steps of at least 1"),
+        ({"target_half_life_images": 0.0}, "target_half_life_images must be positive"),
         ({"data": {"split": "train"}}, "the key data.source is missing"),
     ],
 )

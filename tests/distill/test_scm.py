@@ -104,7 +104,8 @@ def test_the_exact_consistency_function_is_what_segments_ask_for():
     teacher, student, x_t, t = exact_gaussian()
     errors = []
     for steps in (2, 8):
-        objective = scm.Consistency(recipe(num_classes=None, segments={"solver_steps": steps}), teacher)
+        changes = dict(num_classes=None, target_half_life_images=1.0, segments={"solver_steps": steps})
+        objective = scm.Consistency(recipe(**changes), teacher)
         length = torch.tensor([0.1, 0.9, 1.5, 2.0], dtype=torch.float64)
         end = objective.segment_end(student, x_t, t, length, None, None)
         errors.append((end - student(x_t, t)).abs().max().item())
@@ -116,7 +117,7 @@ def test_short_segments_are_the_tangent(make_teacher):
     teacher, student = make_teacher("SongUNet").double(), make_teacher("SongUNet").double()
     for p in student.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    objective = scm.Consistency(recipe(segments={}), teacher)
+    objective = scm.Consistency(recipe(target_half_life_images=1.0, segments={}), teacher)
     t = torch.tensor([0.2, 0.7, 1.2, 1.5], dtype=torch.float64)
     x_t = trigflow.perturb(X0.double(), SD * torch.randn(4, 1, 8, 8, dtype=torch.float64), t)
     with torch.no_grad():
@@ -128,12 +129,19 @@ def test_short_segments_are_the_tangent(make_teacher):
     assert errors[1] < 0.01 and errors[0] / errors[1] > 5
 
 
-def test_segments_give_way_to_the_derivative(make_teacher):
-    teacher, student = make_teacher("SiT"), make_teacher("SiT")
-    both = scm.Consistency(recipe(segments={"until_step": 3}), teacher)
-    derivative = scm.Consistency(recipe(), teacher)
-    losses = [both(student, student, X0, LABELS, step, generator()).loss for step in (2, 3)]
-    assert losses[1] == derivative(student, student, X0, LABELS, 3, generator()).loss != losses[0]
+def test_segments_give_way_to_the_tangent(make_teacher):
+    """First at every t, then only below a time: at 0 nothing is left of them."""
+    teacher, student, average = make_teacher("SiT"), make_teacher("SiT"), make_teacher("SiT")
+    for p in average.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+
+    def loss(step, **segments):
+        objective = scm.Consistency(recipe(target_half_life_images=1.0, segments=segments or None), teacher)
+        return objective(student, average, X0, LABELS, step, generator()).loss
+
+    early, late = (loss(step, everywhere_until=3, below=0.0) for step in (2, 3))
+    assert late == loss(3) != early == loss(2, below=2.0)
+    assert loss(3, below=1.0) not in (early, late)
 
 
 def test_targets_of_an_average_pull_the_student_towards_it(make_teacher):

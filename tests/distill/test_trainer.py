@@ -59,7 +59,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
 
 
-SEGMENTS = {"segments": {"until_step": 4}, "target_half_life_images": 30.0}
+SEGMENTS = {"segments": {"everywhere_until": 4, "below": 0.5}, "target_half_life_images": 30.0}
 
 
 @pytest.mark.parametrize(
