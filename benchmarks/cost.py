@@ -36,7 +36,10 @@ class Steps:
 
     def __init__(self, recipe: str, overrides: dict, objective: str, folder: str):
         # Only the objective differs: "diffusion" with a teacher trains the teacher's own network.
-        self.trainer = Trainer(load_recipe(recipe, {**overrides, "objective": objective, "output_dir": folder}))
+        changes = {**overrides, "objective": objective, "output_dir": folder}
+        if objective == "diffusion":
+            changes |= {"segments": None, "target_half_life_images": None}
+        self.trainer = Trainer(load_recipe(recipe, changes))
         r = self.trainer.recipe
         generator = torch.Generator().manual_seed(0)
         self.images = r.sigma_data * torch.randn(r.train_batch_size, *r.sample_shape, generator=generator)
@@ -100,7 +103,7 @@ def peak_memory(recipe: str, overrides: dict, objective: str, folder: str) -> fl
     before = resident("VmRSS")
     steps(WARM_UP)
     trainer = steps.trainer
-    modules = [trainer.network, trainer.teacher, *(ema.network for ema in trainer.emas)]
+    modules = [trainer.network, trainer.teacher, *(ema.network for ema in trainer.averages)]
     return resident("VmHWM") - before + sum(size(module) for module in modules if module is not None)
 
 
@@ -134,7 +137,7 @@ def peaks(arguments: list[str], teacher_mib: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/mnist.yaml", help="a distillation recipe")
+    parser.add_argument("--recipe", default="recipes/mnist-tangent.yaml", help="a distillation recipe")
     parser.add_argument("overrides", nargs="*", help="recipe values as key=value")
     parser.add_argument("--sampling-batch", type=int, default=100)
     parser.add_argument("--peak", choices=OBJECTIVES, help="print the peak memory of one objective in MiB, nothing else")

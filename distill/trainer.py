@@ -247,6 +247,11 @@ class Trainer:
         return r.train_batch_size * r.gradient_accumulation_steps * self.accelerator.num_processes
 
     @property
+    def averages(self) -> list[EMA]:
+        """Every average of the network: those of the recipe's ``ema``, and the one that targets come from."""
+        return self.emas if self.target is None else [*self.emas, self.target]
+
+    @property
     def student(self) -> Teacher:
         """The averaged network of the first EMA."""
         return self.emas[0].network
@@ -390,7 +395,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
-            for ema in filter(None, [*self.emas, self.target]):
+            for ema in self.averages:
                 ema.update(self.network, self.step * self.batch_images, self.batch_images)
             logs = {k: torch.stack([r.logs[k] for r in losses]).mean() for k in losses[0].logs}
             window.add({"loss": loss, "grad_norm": grad_norm, **logs})
