@@ -144,6 +144,35 @@ def test_segments_give_way_to_the_tangent(make_teacher):
     assert loss(3, below=1.0) not in (early, late)
 
 
+def test_segments_of_a_guided_teacher_end_where_its_guided_ode_does(make_teacher):
+    """With the guidance scale as an input, one for each sample."""
+    teacher = make_teacher("SiT", class_dropout_prob=0.1)
+    student = make_teacher("SiT", class_dropout_prob=0.1).student(guidance_embedding=True)
+    changes = dict(target_half_life_images=1.0, segments={})
+    t, length = torch.full((4,), 0.8), torch.ones(4)
+    both = scm.Consistency(recipe(guidance_scale=[1.0, 3.0], **changes), teacher)
+    end = both.segment_end(student, X0, t, length, LABELS, torch.tensor([1.0, 1.0, 3.0, 3.0]))
+    for scale, rows in ((1.0, slice(0, 2)), (3.0, slice(2, 4))):
+        fixed = scm.Consistency(recipe(guidance_scale=scale, **changes), teacher.guided_by(scale, None))
+        expected = fixed.segment_end(student, X0, t, length, LABELS, None)
+        torch.testing.assert_close(end[rows], expected[rows], rtol=1e-4, atol=1e-5)
+    loss = both(student, student, X0, LABELS, 0, generator()).loss
+    loss.backward()
+    assert torch.isfinite(loss) and student.native.g_embedder.mlp[2].weight.grad.abs().max() > 0
+
+
+def test_segments_under_bf16_autocast(make_teacher):
+    teacher, student = make_teacher("SongUNet"), make_teacher("SongUNet")
+    t, length = torch.tensor([0.05, 0.7, 1.2, 1.55]), torch.ones(4)
+    x_t = trigflow.perturb(X0, SD * torch.randn(X0.shape, generator=generator()), t)
+    ends = []
+    for precision in ("no", "bf16"):
+        changes = dict(target_half_life_images=1.0, segments={}, mixed_precision=precision)
+        ends.append(scm.Consistency(recipe(**changes), teacher).segment_end(student, x_t, t, length, LABELS, None))
+    assert ends[1].dtype == torch.float32
+    assert 0 < (ends[1] - ends[0]).norm() / ends[0].norm() < 0.02
+
+
 def test_targets_of_an_average_pull_the_student_towards_it(make_teacher):
     """With the average in place of F^-, the loss is that of F against F_average + g."""
     teacher, student, average = make_teacher("SiT"), make_teacher("SiT"), make_teacher("SiT")
