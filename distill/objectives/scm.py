@@ -197,15 +197,15 @@ class Consistency:
 
     def segment_targets(self, network, batch: NoisyBatch, on_segment, step: int, generator) -> tuple[Tensor, Tensor]:
         """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros."""
-        first, second = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
+        target, g = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
         length = torch.rand(len(batch.t), generator=generator).clamp(min=1e-3).to(batch.t.device)
         if not on_segment.all():
-            first[~on_segment], second[~on_segment] = self.tangent(network, batch.rows(~on_segment), step, None)
+            target[~on_segment], g[~on_segment] = self.tangent(network, batch.rows(~on_segment), step, None)
         if on_segment.any():
             rows = batch.rows(on_segment)
             length = self.recipe.segments.max_length * length[on_segment]
-            first[on_segment] = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
-        return first, second
+            target[on_segment] = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
+        return target, g
 
     @torch.no_grad()
     def segment_end(self, network, x_t, t, length, labels, guidance) -> Tensor:
