@@ -125,6 +125,7 @@ class Recipe:
     discrete_steps: int | None = None  # N: discrete-time consistency (appendix E) instead of the JVP
     label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
     stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
+    velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
@@ -296,8 +297,11 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         )
     if recipe.objective != "diffusion" and recipe.teacher is None:
         raise ValueError(f"{where}: objective {recipe.objective} needs the key teacher")
-    if recipe.objective != "diffusion" and recipe.stable_targets:
-        raise ValueError(f"{where}: stable_targets belongs to objective diffusion; remove it")
+    for key in ("stable_targets", "velocity_teacher"):
+        if recipe.objective != "diffusion" and getattr(recipe, key):
+            raise ValueError(f"{where}: {key} belongs to objective diffusion; remove it")
+    if recipe.stable_targets and recipe.velocity_teacher:
+        raise ValueError(f"{where}: stable_targets and velocity_teacher are two sources of one target; remove one of them")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
     if recipe.objective == "diffusion" and recipe.guidance_scale != 1.0:

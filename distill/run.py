@@ -33,6 +33,7 @@ from distill.trainer import (
     build_teacher,
     check_tracker,
     load_pretrained,
+    load_velocity_teacher,
     save_model,
     trained_model,
     uses_derivative,
@@ -177,7 +178,7 @@ def check(recipe: Recipe) -> str:
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
-    teacher = build_teacher(recipe, pretrained)
+    teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe)
     student = build_student(recipe, pretrained)
     if recipe.data.source != "teacher":
         check_sigma_data(training_images(recipe), recipe)

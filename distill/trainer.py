@@ -62,17 +62,43 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
     """
     if recipe.network is not None:
         return None
+    if given is None:
+        return load_fitting(recipe.teacher, recipe)
+    check_fits(given, recipe.teacher, recipe)
+    return given
+
+
+def load_velocity_teacher(recipe: Recipe) -> Teacher | None:
+    """The frozen network that objective ``diffusion`` takes its targets from; ``None`` if they come from the data.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_pretrained`; or it has no null class where labels are dropped.
+    """
+    if recipe.velocity_teacher is None:
+        return None
+    teacher = load_fitting(recipe.velocity_teacher, recipe)
+    if recipe.label_dropout and teacher.num_classes is not None:
+        teacher.require_null_class()
+    return teacher
+
+
+def load_fitting(source: str, recipe: Recipe) -> Teacher:
+    """Load a pretrained network and check that its samples are those of the recipe."""
     try:
-        teacher = load(recipe.teacher) if given is None else given
+        teacher = load(source)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None
+    check_fits(teacher, source, recipe)
+    return teacher
+
+
+def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
     for key in ("sample_shape", "num_classes", "sigma_data"):
         own, asked = getattr(teacher, key), getattr(recipe, key)
         own = list(own) if isinstance(own, tuple) else own
         if own != asked:
-            raise ValueError(f"teacher {recipe.teacher!r} has {key} {own}, the recipe says {asked}")
-    return teacher
+            raise ValueError(f"teacher {source!r} has {key} {own}, the recipe says {asked}")
 
 
 def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
@@ -209,9 +235,10 @@ class Trainer:
         self.license = license_of(pretrained)
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
-        if self.teacher is not None:
-            self.teacher.to(self.device).eval()
-        self.objective = build_objective(recipe, self.teacher)
+        frozen = load_velocity_teacher(recipe) if self.teacher is None else self.teacher
+        if frozen is not None:
+            frozen.to(self.device).eval()
+        self.objective = build_objective(recipe, frozen)
         self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
         half_life = recipe.target_half_life_images
         self.target = None if half_life is None else EMA(network, half_life).to(self.device)

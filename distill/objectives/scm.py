@@ -88,14 +88,24 @@ def consistency_tangent(
     return -cos.square() * (sigma_data * F - dx_dt) - r * (cos * sin * x_t + sigma_data * cos_sin_dF)
 
 
+def autocast(recipe: Recipe, device: torch.device):
+    """The recipe's precision, for networks that Accelerate did not prepare."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
+
+
 class Diffusion:
     """TrigFlow's diffusion loss ``E ||F(x_t, t) - v_t / sigma_data||^2`` (equation 4), which trains teachers.
 
     For an EDM network it is EDM's own weighted loss; for a flow network it is flow matching weighted by noise level.
+
+    Args:
+        recipe: the experiment; see :class:`distill.recipe.Recipe`.
+        velocity_teacher: frozen; its ``F`` takes the place of ``v_t / sigma_data``, whose mean it is. This carries a teacher
+            over to another network: as far as it is right the minimiser is the same, without the noise of single images.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, velocity_teacher: Teacher | None = None):
+        self.recipe, self.velocity_teacher = recipe, velocity_teacher
         self.weighting = AdaptiveWeighting() if recipe.adaptive_weighting else None
         self.stable_targets: StableTargets | None = None
 
@@ -108,12 +118,19 @@ class Diffusion:
             labels = torch.where(drop, p.num_classes, labels)
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
+        error = mean_square(student(x_t, t, labels) - self.target(x0, z, x_t, t, labels))
+        return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
+
+    @torch.no_grad()
+    def target(self, x0, z, x_t, t, labels) -> Tensor:
+        """What ``F`` is to be at ``(x_t, t)``."""
+        if self.velocity_teacher is not None:
+            with autocast(self.recipe, x_t.device):
+                return self.velocity_teacher(x_t, t, labels).to(x_t.dtype)
         if self.stable_targets is not None:
             x0 = self.stable_targets(x_t, t, labels)
             z = (x_t - trigflow.expand(t.cos(), x_t) * x0) / trigflow.expand(t.sin(), x_t)
-        target = trigflow.velocity(x0, z, t) / p.sigma_data
-        error = mean_square(student(x_t, t, labels) - target)
-        return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
+        return trigflow.velocity(x0, z, t) / self.recipe.sigma_data
 
 
 class NoisyBatch(NamedTuple):
@@ -218,16 +235,12 @@ class Consistency:
         sd = self.recipe.sigma_data
         ramp = torch.linspace(0, 1, self.recipe.segments.solver_steps + 1, device=x_t.device)
         sigmas = trigflow.expand(sd * t.tan() * torch.exp(-ramp[:, None] * length), x_t[None])
-        with self.autocast(x_t.device):
+        with autocast(self.recipe, x_t.device):
             x = exponential_heun(denoiser(self.teacher, labels, guidance), x_t / trigflow.expand(t.cos(), x_t), sigmas)
             s = trigflow.time_from_sigma(sigmas[-1].flatten(), sd)
             x_s = trigflow.expand(s.cos(), x) * x
             F = network(x_s, s, labels, guidance).to(x_t.dtype)
         return trigflow.network_output(x_t, trigflow.consistency_function(x_s, F, s, sd), t, sd)
-
-    def autocast(self, device: torch.device):
-        """The recipe's precision, for networks that Accelerate did not prepare."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.mixed_precision == "bf16")
 
     def sample_times(self, n: int, generator, device) -> tuple[Tensor, Tensor | None]:
         """Times ``t`` and, for the discrete objective, their next smaller grid times; fp32."""
@@ -249,7 +262,7 @@ class Consistency:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
             return trigflow.velocity(x0, z, t)
-        with self.autocast(x_t.device):
+        with autocast(self.recipe, x_t.device):
             F = self.teacher(x_t, t, labels, guidance)
         return self.recipe.sigma_data * F.to(x_t.dtype)
 
@@ -258,7 +271,7 @@ class Consistency:
         cos_sin = t.cos() * t.sin()
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
-        with self.autocast(x_t.device):
+        with autocast(self.recipe, x_t.device):
             F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
         F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)
         if not self.recipe.tangent.rearrangement:
@@ -272,7 +285,7 @@ class Consistency:
         """
         sd = self.recipe.sigma_data
         x_next = trigflow.ddim_step(x_t, dx_dt / sd, t, t_next, sd)
-        with self.autocast(x_t.device):
+        with autocast(self.recipe, x_t.device):
             F = network(x_t, t, labels, guidance).to(x_t.dtype)
             with replay_rng(rng) if rng else nullcontext():
                 F_next = network(x_next, t_next, labels, guidance).to(x_t.dtype)
@@ -294,7 +307,7 @@ def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, r
 
 
 def build_objective(recipe: Recipe, teacher: Teacher | None):
-    """The objective a recipe names."""
+    """The objective a recipe names; ``teacher`` is frozen, ``None`` if the recipe learns from data alone."""
     if recipe.objective == "diffusion":
-        return Diffusion(recipe)
+        return Diffusion(recipe, teacher)
     return Consistency(recipe, teacher if recipe.objective == "distillation" else None)

@@ -339,3 +339,18 @@ def test_stable_targets_leave_the_diffusion_loss_unbiased():
         drops.append(losses[0] - losses[1])
     assert drops[0] > 0.1
     assert max(drops) - min(drops) < 0.02
+
+
+def test_a_velocity_teacher_takes_the_place_of_the_data(make_teacher):
+    """The error is the distance between the two networks, whatever the image and the label, dropped ones included."""
+    teacher, network = make_teacher("SiT", sigma_data=SD), make_teacher("SongUNet")
+    objective = scm.Diffusion(recipe(objective="diffusion", network=None, label_dropout=0.5), teacher)
+    asked = []
+    frozen = lambda x, t, labels: asked.append((x, t, labels)) or network(x, t, labels)  # noqa: E731
+    result = objective(frozen, network, X0, LABELS, 0, generator())
+    (x_t, t, labels), = asked
+    expected = (network(x_t, t, labels) - teacher(x_t, t, labels)).square().mean()
+    torch.testing.assert_close(result.loss, expected)
+    assert (labels == 3).any() and (labels != 3).any()
+    same = scm.Diffusion(recipe(objective="diffusion", network=None), network)
+    assert same(network, network, X0, LABELS, 0, generator()).loss == 0

@@ -401,6 +401,30 @@ def test_stable_targets_train_a_teacher(world):
         run(values, objective="distillation", stable_targets=True)
 
 
+def test_a_network_of_another_kind_learns_a_teachers_velocity(world, make_teacher):
+    folder, values = world
+    teachers.save_pretrained(make_teacher("SiT"), folder / "other", "teacher")
+    values |= {"objective": "diffusion", "velocity_teacher": str(folder / "other"), "dropout": 0.0}
+    trainer = run(values, max_train_steps=40, validation_steps=40, checkpointing_steps=40)
+    assert trained_model(trainer).role == "teacher"
+    generator = torch.Generator().manual_seed(0)
+    t, labels = torch.linspace(0.1, 1.5, 32), torch.arange(32) % 3
+    point = torch.randn(32, 1, 8, 8, generator=generator) * 0.5, t, labels
+    with torch.no_grad():
+        target = teachers.load(folder / "other")(*point)
+        errors = [(network(*point) - target).square().mean() for network in (teachers.load(folder / "teacher"), trainer.network)]
+    assert errors[1] < 0.7 * errors[0]
+    with pytest.raises(ValueError, match="two sources"):
+        run(values, stable_targets=True)
+    with pytest.raises(ValueError, match="velocity_teacher belongs to objective diffusion"):
+        run(values, objective="distillation")
+    teachers.save_pretrained(make_teacher("SiT", sigma_data=0.7), folder / "other", "teacher")
+    with pytest.raises(ValueError, match=r"other' has sigma_data 0.7, the recipe says 0.5"):
+        run(values)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(values, velocity_teacher=str(folder / "nowhere"))
+
+
 def test_label_dropout_needs_a_null_class(world, make_teacher):
     folder, values = world
     teachers.save_pretrained(make_teacher("SiT", class_dropout_prob=0.0), folder / "no-null", "teacher")
