@@ -29,7 +29,7 @@ ROWS = {
     "discrete time, N = 1024": {"discrete_steps": 1024},
     "targets from an average": {"target_half_life_images": 2000.0},
     "segments where t < 1, at first everywhere": {
-        "target_half_life_images": 2000.0, "segments.everywhere_until": 100, "tangent.warmup_steps": 0,
+        "target_half_life_images": 2000.0, "segments.everywhere_share": 0.5, "tangent.warmup_steps": 0,
         "optimizer.learning_rate": 1e-3,
     },  # fmt: skip
 }

@@ -54,12 +54,12 @@ class SegmentConfig:
 
     max_length: float = 2.0  # in log tan t; the length of each is uniform from 0 to this
     solver_steps: int = 2  # second-order steps of the teacher along it, two evaluations each
-    everywhere_until: int = 0  # for so many optimizer steps, segments at every t
+    everywhere_share: float = 0.0  # of the training, from its start: segments at every t
     below: float = 1.0  # afterwards only at TrigFlow times below this, and the tangent above
 
-    def covers(self, t, step: int):
-        """Which of the times ``t``, a tensor ``(B,)``, are on segments at an optimizer step."""
-        return t < (math.inf if step < self.everywhere_until else self.below)
+    def covers(self, t, progress: float):
+        """Which of the times ``t``, a tensor ``(B,)``, are on segments when this share of the training is done."""
+        return t < (math.inf if progress < self.everywhere_share else self.below)
 
 
 @dataclass
@@ -348,11 +348,12 @@ def check_targets(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: segments belong to objective distillation without discrete_steps; remove them")
     if half_life is None:
         raise ValueError(f"{where}: segments need target_half_life_images, the average that their targets come from")
-    if segments.max_length <= 0 or segments.solver_steps < 1 or segments.everywhere_until < 0 or segments.below < 0:
+    if segments.max_length <= 0 or segments.solver_steps < 1 or segments.below < 0:
         raise ValueError(
-            f"{where}: segments need a positive max_length, solver_steps of at least 1, and everywhere_until and below of "
-            "at least 0"
+            f"{where}: segments need a positive max_length, solver_steps of at least 1, and below of at least 0"
         )
+    if not 0 <= segments.everywhere_share <= 1:
+        raise ValueError(f"{where}: segments.everywhere_share must be from 0 to 1, got {segments.everywhere_share}")
 
 
 def get_dotted(recipe: Recipe, key: str):

@@ -173,7 +173,7 @@ def uses_derivative(recipe: Recipe) -> bool:
     """Whether some step of the recipe differentiates the network along the PF-ODE."""
     segments = recipe.segments
     everywhere = segments is not None and (
-        segments.everywhere_until >= recipe.max_train_steps or segments.below >= math.pi / 2
+        segments.everywhere_share >= 1 or segments.below >= math.pi / 2
     )
     return recipe.objective != "diffusion" and recipe.discrete_steps is None and not everywhere
 

@@ -174,7 +174,7 @@ class Consistency:
         """
         p = self.recipe
         batch = self.noisy_batch(x0, labels, generator)
-        on_segment = None if p.segments is None else p.segments.covers(batch.t, step)
+        on_segment = None if p.segments is None else p.segments.covers(batch.t, step / p.max_train_steps)
         # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
         if on_segment is None:

@@ -136,10 +136,11 @@ def test_segments_give_way_to_the_tangent(make_teacher):
         p.data += 0.02 * torch.randn_like(p)
 
     def loss(step, **segments):
-        objective = scm.Consistency(recipe(target_half_life_images=1.0, segments=segments or None), teacher)
+        changes = dict(max_train_steps=4, target_half_life_images=1.0, segments=segments or None)
+        objective = scm.Consistency(recipe(**changes), teacher)
         return objective(student, average, X0, LABELS, step, generator()).loss
 
-    early, late = (loss(step, everywhere_until=3, below=0.0) for step in (2, 3))
+    early, late = (loss(step, everywhere_share=0.75, below=0.0) for step in (2, 3))
     assert late == loss(3) != early == loss(2, below=2.0)
     assert loss(3, below=1.0) not in (early, late)
 
