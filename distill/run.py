@@ -186,9 +186,10 @@ def check(recipe: Recipe) -> str:
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments, and one more copy for each EMA and for the teacher.
-    copies = len(recipe.ema) + (recipe.target_half_life_images is not None) + (teacher is not None)
-    state = parameters * 4 * (4 + copies)
+    # Weights, gradients, two Adam moments and one more copy for each average; the teacher may be another network.
+    averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
+    frozen = 0 if teacher is None else sum(p.numel() for p in teacher.parameters())
+    state = 4 * (parameters * (4 + averages) + frozen)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",

@@ -94,6 +94,7 @@ def load_fitting(source: str, recipe: Recipe) -> Teacher:
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
+    """Raise ``ValueError`` unless the network's samples, classes and ``sigma_data`` are the recipe's."""
     for key in ("sample_shape", "num_classes", "sigma_data"):
         own, asked = getattr(teacher, key), getattr(recipe, key)
         own = list(own) if isinstance(own, tuple) else own
@@ -232,10 +233,10 @@ class Trainer:
         )
         self.device = self.accelerator.device
         pretrained = load_pretrained(recipe, pretrained)
-        self.license = license_of(pretrained)
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
-        frozen = load_velocity_teacher(recipe) if self.teacher is None else self.teacher
+        frozen = self.teacher or load_velocity_teacher(recipe)
+        self.license = license_of(pretrained or frozen)
         if frozen is not None:
             frozen.to(self.device).eval()
         self.objective = build_objective(recipe, frozen)

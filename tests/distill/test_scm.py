@@ -346,10 +346,14 @@ def test_a_velocity_teacher_takes_the_place_of_the_data(make_teacher):
     """The error is the distance between the two networks, whatever the image and the label, dropped ones included."""
     teacher, network = make_teacher("SiT", sigma_data=SD), make_teacher("SongUNet")
     objective = scm.Diffusion(recipe(objective="diffusion", network=None, label_dropout=0.5), teacher)
-    asked = []
-    frozen = lambda x, t, labels: asked.append((x, t, labels)) or network(x, t, labels)  # noqa: E731
-    result = objective(frozen, network, X0, LABELS, 0, generator())
-    (x_t, t, labels), = asked
+    seen = []
+
+    def student(*point):
+        seen.extend(point)
+        return network(*point)
+
+    result = objective(student, network, X0, LABELS, 0, generator())
+    x_t, t, labels = seen
     expected = (network(x_t, t, labels) - teacher(x_t, t, labels)).square().mean()
     torch.testing.assert_close(result.loss, expected)
     assert (labels == 3).any() and (labels != 3).any()
