@@ -42,11 +42,17 @@ class Model:
             recipe: a YAML file, or the name of one that ships with the package.
             overrides: recipe values by key (``max_train_steps=200``); dots are written as ``__``
                 (``optimizer__learning_rate=1e-4``).
+
+        Raises:
+            ValueError: a bad recipe, one that does not fit this network, or distillation from a student.
         """
         from distill.run import run  # the trainer is slow to import, and sampling does not need it
+        from distill.trainer import has_no_velocity
 
         values = {key.replace("__", "."): value for key, value in overrides.items()}
         parsed = load_recipe(recipe, {**values, "teacher": self.network.source or "in memory"})
+        if parsed.objective == "distillation" and self.role == "student":
+            raise ValueError(has_no_velocity(parsed.teacher))
         trained = run(parsed, self.network)
         self.network, self.config = trained.network, trained.config
         return self

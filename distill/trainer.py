@@ -63,7 +63,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
     if recipe.network is not None:
         return None
     if given is None:
-        return load_fitting(recipe.teacher, recipe)
+        return load_fitting(recipe.teacher, recipe, for_velocity=recipe.objective == "distillation")
     check_fits(given, recipe.teacher, recipe)
     return given
 
@@ -76,21 +76,28 @@ def load_velocity_teacher(recipe: Recipe) -> Teacher | None:
     """
     if recipe.velocity_teacher is None:
         return None
-    teacher = load_fitting(recipe.velocity_teacher, recipe)
+    teacher = load_fitting(recipe.velocity_teacher, recipe, for_velocity=True)
     if recipe.label_dropout and teacher.num_classes is not None:
         teacher.require_null_class()
     return teacher
 
 
-def load_fitting(source: str, recipe: Recipe) -> Teacher:
-    """Load a pretrained network and check that its samples are those of the recipe."""
+def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
+    """Load a pretrained network and check that its samples are those of the recipe and, ``for_velocity``, its role."""
     try:
         teacher = load(source)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None
+    if for_velocity and load_config(source)["role"] == "student":
+        raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
     return teacher
+
+
+def has_no_velocity(student: str) -> str:
+    """Why a student cannot stand where a teacher must."""
+    return f"{student!r} is a student: its network has no PF-ODE velocity to learn from; name its teacher instead"
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:

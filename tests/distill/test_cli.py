@@ -109,6 +109,9 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (["mnist.yaml", "sample_shape=[3,32,32]", "--check"], "take samples of shape [1, 28, 28], got [3, 32, 32]"),
         (["mnist.yaml", "evaluation.also=[mnist-edm]"], "mnist-edm is not a student"),
         (["mnist.yaml", "evaluation.features=inception"], "allowed: MNIST-CNN, pixels"),
+        (["mnist.yaml", "teacher=mnist-edm-scm"], "'mnist-edm-scm' is a student"),
+        (["teachers/mnist-edm.yaml", "network=null", "teacher=mnist-edm", "stable_targets=false",
+          "velocity_teacher=mnist-edm-scm", "--check"], "name its teacher instead"),
         (["mnist.yaml", "resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint"),
     ],
 )
@@ -142,6 +145,11 @@ def test_activations_are_counted(make_teacher):
     one, two = (run.activation_bytes(t, "no") for t in (narrow, wide))
     assert 1.5 * one < two < 2.1 * one  # the blocks hold nearly everything
     assert run.activation_bytes(narrow, "bf16") < one
+
+
+def test_a_student_cannot_be_distilled():
+    with pytest.raises(ValueError, match="has no PF-ODE velocity"):
+        distill.from_pretrained("mnist-edm-scm").train("mnist.yaml")
 
 
 def test_the_main_job_end_to_end(tmp_path):
