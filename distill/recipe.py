@@ -52,8 +52,8 @@ class TangentConfig:
 class SegmentConfig:
     """Targets from the far end of a stretch of the teacher's PF-ODE in place of the tangent (distillation only)."""
 
-    max_length: float = 2.0  # in log tan t; the length of each is uniform from 0 to this
-    solver_steps: int = 2  # second-order steps of the teacher along it, two evaluations each
+    max_length: float = 4.0  # in log tan t; the length of each is uniform from 0 to this
+    solver_steps: int = 5  # steps of the teacher along it, one evaluation each
     everywhere_share: float = 0.0  # of the training, from its start: segments at every t
     below: float = 1.0  # afterwards only at TrigFlow times below this, and the tangent above
 

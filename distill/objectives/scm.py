@@ -16,7 +16,7 @@ from distill import trigflow
 from distill.jvp import jvp, record_rng, replay_rng
 from distill.objectives.stable_targets import StableTargets
 from distill.recipe import Recipe, TangentConfig
-from distill.sampling import denoiser, exponential_heun
+from distill.sampling import denoiser, exponential_adams
 from teachers import Teacher
 from teachers.networks.layers import PositionalEmbedding
 
@@ -236,7 +236,7 @@ class Consistency:
         ramp = torch.linspace(0, 1, self.recipe.segments.solver_steps + 1, device=x_t.device)
         sigmas = trigflow.expand(sd * t.tan() * torch.exp(-ramp[:, None] * length), x_t[None])
         with autocast(self.recipe, x_t.device):
-            x = exponential_heun(denoiser(self.teacher, labels, guidance), x_t / trigflow.expand(t.cos(), x_t), sigmas)
+            x = exponential_adams(denoiser(self.teacher, labels, guidance), x_t / trigflow.expand(t.cos(), x_t), sigmas)
             s = trigflow.time_from_sigma(sigmas[-1].flatten(), sd)
             x_s = trigflow.expand(s.cos(), x) * x
             F = network(x_s, s, labels, guidance).to(x_t.dtype)

@@ -83,8 +83,8 @@ def test_solvers_converge_to_the_closed_form_of_a_gaussian(solver, order):
     assert all(rate > order - 0.4 for rate in rates) and errors[-1] < 5e-3, (errors, rates)
 
 
-def test_exponential_heun_with_a_noise_level_for_each_sample():
-    """Second order, and at large steps several times as accurate as Heun's method with the same evaluations."""
+def test_exponential_adams_with_a_noise_level_for_each_sample():
+    """Second order, and in long steps far more accurate than the other solvers with the same evaluations."""
     s, teacher = 0.3, teachers.wrap(GaussianF(0.3), teachers.TRIGFLOW, SD, (1, 1, 1))
     high = torch.tensor([0.2, 1.0, 5.0, 40.0]).view(-1, 1, 1, 1)
     ratio = torch.tensor([2.0, 4.0, 8.0, 6.0]).view(-1, 1, 1, 1)
@@ -97,9 +97,9 @@ def test_exponential_heun_with_a_noise_level_for_each_sample():
         with torch.no_grad():
             return ((solver(sampling.denoiser(teacher, None), x, sigmas) - exact) / high).abs().max().item()
 
-    errors = [error(sampling.exponential_heun, n) for n in (2, 4, 8, 16)]
+    errors = [error(sampling.exponential_adams, n) for n in (4, 8, 16, 32)]
     assert all(a / b > 3 for a, b in pairwise(errors)), errors
-    assert errors[0] < error(sampling.heun, 2) / 2
+    assert errors[0] < error(sampling.heun, 2) / 5, (errors, error(sampling.heun,2))
 
 
 def test_teacher_samples_follow_the_data(analytic, mixture):
