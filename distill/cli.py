@@ -81,6 +81,13 @@ def inspect_teacher(options: argparse.Namespace) -> None:
         print(f"{key}: {value}")
 
 
+def convert_teacher(options: argparse.Namespace) -> None:
+    """Write a model, such as one in an NVlabs pickle, as a folder of safetensors and config.json."""
+    model, config = teachers.load(options.source), teachers.load_config(options.source)
+    teachers.pretrained.write_model(options.out_dir, model, config)
+    print(f"model folder in {options.out_dir}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distill", description="Few-step consistency models from your teacher.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -109,9 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
-    nested = p.add_subparsers(metavar="list|inspect")
+    nested = p.add_subparsers(metavar="list|inspect|convert")
     add_verb(nested, "list", list_teachers, "distill teachers list")
     add_source(add_verb(nested, "inspect", inspect_teacher, "distill teachers inspect mnist-edm"))
+    p = add_verb(nested, "convert", convert_teacher, "distill teachers convert edm-cifar10-32x32-uncond-vp.pkl my-teacher")
+    add_source(p)
+    p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     return parser
 
 

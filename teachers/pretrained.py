@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.networks import build, is_registered
+from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT, VERSION = "scm-distill", 1
 WEIGHTS = "model.safetensors"
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+NVLABS_PICKLE = "NVlabs pickle"
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
 
@@ -28,7 +30,8 @@ def bundled() -> list[str]:
 
 
 def resolve(source: str | Path) -> Path:
-    """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline.
+    """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline; or
+    the file itself, for an NVlabs pickle.
 
     A bundled name wins over a folder of the same name; write ``./name`` for the folder.
 
@@ -48,6 +51,8 @@ def locate(source: str | Path) -> tuple[str, Path]:
         near = difflib.get_close_matches(str(source).lower(), bundled(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(bundled())}"
         raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
+    if is_nvlabs_pickle(path):
+        return NVLABS_PICKLE, path
     if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json"):
         path = path.parent
     kinds = {"model folder": path, "run folder": path / "student", "exported pipeline": path / "network"}
@@ -55,30 +60,47 @@ def locate(source: str | Path) -> tuple[str, Path]:
         if (folder / "config.json").is_file():
             return kind, folder
     raise ValueError(
-        f"{path} is not a model: expected a folder with config.json, a finished run (student/) or an exported pipeline"
+        f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline or an "
+        "NVlabs pickle"
     )
 
 
 def load_config(source: str | Path) -> dict:
-    """The checked ``config.json`` of a model; see :func:`save_pretrained` for its keys.
+    """The checked ``config.json`` of a model, or what an NVlabs pickle says in its place; see :func:`save_pretrained` for
+    its keys.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`resolve`, and for a config that is malformed or of another format.
     """
-    path = resolve(source) / "config.json"
+    kind, path = locate(source)
+    if kind == NVLABS_PICKLE:
+        return read_pickle(path)[0]
+    path = path / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
         raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config")
+    check_config(config, path)
+    # diffusers writes every optional key of an exported network, as null where it is unset.
+    return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
+
+
+def read_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Checked config and tensors of an NVlabs pickle."""
+    config, tensors = read_nvlabs(path)
+    check_config(config, path)
+    return {"format": FORMAT, "version": VERSION, **config}, tensors
+
+
+def check_config(config: dict, path: Path) -> None:
+    """Raise ``ValueError`` for a key that is missing or has a value of the wrong kind."""
     for key, (wanted, valid) in CONFIG_KEYS.items():
         if key not in config:
             raise ValueError(f"{path} lacks the key {key!r}")
         if not valid(config[key]):
             raise ValueError(f"{path}: {key} must be {wanted}, got {config[key]!r}")
-    # diffusers writes every optional key of an exported network, as null where it is unset.
-    return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
 
 
 def is_size(value) -> bool:
@@ -102,8 +124,8 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """A pretrained teacher or student as a TrigFlow network in fp32, in eval mode; trainable as it was built.
 
     Args:
-        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, or a ``Teacher``,
-            which is returned as it is.
+        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, an NVlabs pickle, or a
+            ``Teacher``, which is returned as it is.
 
     Raises:
         FileNotFoundError: nothing by that name.
@@ -111,14 +133,16 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """
     if isinstance(source, Teacher):
         return source
-    config, folder = load_config(source), resolve(source)
+    config, tensors, where = read_model(source)
     try:
         with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced
             native = build(config["network"], config["network_config"])
         convention = Parameterization(**config["parameterization"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    load_weights(native, folder)
+        holder = resolve(source)
+        raise ValueError(f"{holder / 'config.json' if holder.is_dir() else holder}: {error}") from error
+    check_tensors(native, tensors, where)
+    native.to_empty(device="cpu").load_state_dict(tensors)
     model = Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
         config["label_format"], source=str(source),
@@ -126,16 +150,19 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     return model.to(device).eval()
 
 
-def load_weights(native: nn.Module, folder: Path) -> None:
-    """Fill a network on the meta device from a model folder or the network folder of a pipeline."""
-    path = folder / (PIPELINE_WEIGHTS if (folder / PIPELINE_WEIGHTS).is_file() else WEIGHTS)
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has a config.json but no {WEIGHTS}")
-    tensors = read_safetensors(path)
-    if path.name == PIPELINE_WEIGHTS:
+def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:
+    """Config and tensors of the native network, and the file that holds the tensors."""
+    kind, path = locate(source)
+    if kind == NVLABS_PICKLE:
+        return *read_pickle(path), str(path)
+    config = load_config(source)
+    weights = path / (PIPELINE_WEIGHTS if (path / PIPELINE_WEIGHTS).is_file() else WEIGHTS)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{path} has a config.json but no {WEIGHTS}")
+    tensors = read_safetensors(weights)
+    if weights.name == PIPELINE_WEIGHTS:
         tensors = {key.removeprefix(PIPELINE_PREFIX): value for key, value in tensors.items()}
-    check_tensors(native, tensors, str(path))
-    native.to_empty(device="cpu").load_state_dict(tensors)
+    return config, tensors, str(weights)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -230,14 +257,15 @@ def write_atomically(path: Path, write) -> None:
 
 def inspect(source: str | Path) -> dict:
     """What ``distill teachers inspect`` prints: plain facts about a model."""
-    model, config, (kind, folder) = load(source), load_config(source), locate(source)
+    model, config, (kind, path) = load(source), load_config(source), locate(source)
+    files = [path] if kind == NVLABS_PICKLE else path.glob("*.safetensors")
     return {
         "source": str(source),
         "kind": kind,
         "role": config["role"],
         "network": config["network"],
         "parameters": sum(p.numel() for p in model.native.parameters()),
-        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "bytes": sum(f.stat().st_size for f in files),
         "sample_shape": list(model.sample_shape),
         "num_classes": model.num_classes,
         "sigma_data": model.sigma_data,

@@ -205,7 +205,7 @@ def test_unknown_names_suggest_the_nearest():
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match="is not a model"):
         teachers.load(tmp_path)
-    (tmp_path / "weights.pkl").write_bytes(b"\x80\x04K\x01.")
+    (tmp_path / "weights.pkl").write_bytes(b"\x80\x02K\x01.")
     with pytest.raises(ValueError, match="weights.pkl is not a model"):
         teachers.load(tmp_path / "weights.pkl")
 

@@ -1,0 +1,149 @@
+"""Teachers from the ``.pkl`` files of NVlabs/edm (arXiv 2206.00364), without running what they carry.
+
+Such a file is a plain pickle with the source code of its network inside, which the official loader executes. Here it is
+read as data (:mod:`teachers.inert_pickle`): the class name and the constructor arguments say which of our own networks to
+build, and only tensors are taken over. Format: ``torch_utils/persistence.py`` of that repository.
+"""
+
+import io
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teachers.inert_pickle import Record, read
+from teachers.parameterization import EDM
+
+PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
+STORAGE = "torch.storage._load_from_bytes"
+TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+# Every global of the released files; numpy has renamed its module, and both names occur.
+GLOBALS = {
+    PERSISTENT, STORAGE, TENSOR, PARAMETER, "collections.OrderedDict", "dnnlib.util.EasyDict",
+    "torch.nn.modules.container.ModuleDict", "numpy.dtype", "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+}  # fmt: skip
+# Constructor of the preconditioning, in its order; the network's own arguments follow by name.
+PRECONDITIONING = {
+    "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
+    "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
+}  # fmt: skip
+# Arguments of SongUNet that ours has no choice in.
+DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard"}
+
+
+def is_nvlabs_pickle(path: Path) -> bool:
+    """Whether this is a bare pickle of protocol 4 or later, by content. (Old ``torch.save`` files are of protocol 2.)"""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(2)
+    return len(head) == 2 and head[0] == 0x80 and 4 <= head[1] <= pickle.HIGHEST_PROTOCOL
+
+
+def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """``config.json`` as a value, and the tensors, of the averaged network (``ema``) in an NVlabs ``.pkl``.
+
+    DDPM++ networks under EDM's preconditioning can be read (the released ``edm-*-vp.pkl``).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a pickle, one that asks for anything else, or a network of another kind.
+    """
+    snapshot = as_dict(read(path, GLOBALS))
+    if "ema" not in snapshot:
+        raise ValueError(f"{path} holds no network 'ema': it is not a snapshot of NVlabs/edm")
+    name, state = persistent_object(snapshot["ema"], path)
+    if name != "EDMPrecond":
+        raise ValueError(f"{path} holds a network of class {name}; only EDMPrecond can be read yet")
+    arguments = constructor_arguments(state, path)
+    size = arguments["img_resolution"]
+    config = {
+        "role": "teacher",
+        "network": "SongUNet",
+        "network_config": network_config(arguments, path),
+        "parameterization": EDM.to_dict(),
+        "sigma_data": arguments["sigma_data"],
+        "sample_shape": [arguments["img_channels"], size, size],
+        "num_classes": arguments["label_dim"] or None,
+        "label_format": "one_hot",
+    }
+    tensors = {}
+    collect_tensors(snapshot["ema"], "", tensors, set(), path)
+    return config, {key.removeprefix("model."): value.float() for key, value in tensors.items()}
+
+
+def as_dict(value: Any) -> dict:
+    """The items of a dictionary, whatever class it had in the pickle; empty for anything else."""
+    value = value.items if isinstance(value, Record) else value
+    return value if isinstance(value, dict) else {}
+
+
+def persistent_object(value: Any, path) -> tuple[str, dict]:
+    """Class name and state of an object pickled by ``torch_utils.persistence``."""
+    match value:
+        case Record(name=name, args=(meta,)) if name == PERSISTENT:
+            meta = as_dict(meta)
+            if isinstance(meta.get("class_name"), str) and isinstance(meta.get("state"), dict):
+                return meta["class_name"], meta["state"]
+    raise ValueError(f"{path}: its network is not in the form that torch_utils.persistence writes")
+
+
+def constructor_arguments(state: dict, path) -> dict:
+    """The call that made the preconditioned network, with its defaults filled in."""
+    positional = dict(zip(PRECONDITIONING, state.get("_init_args", ()), strict=False))
+    arguments = {**PRECONDITIONING, **positional, **as_dict(state.get("_init_kwargs"))}
+    missing = [key for key, value in arguments.items() if value is None]
+    if missing:
+        raise ValueError(f"{path}: its network was made without {', '.join(missing)}")
+    return arguments
+
+
+def network_config(arguments: dict, path) -> dict:
+    """Arguments of our ``SongUNet``."""
+    if arguments["model_type"] != "SongUNet":
+        raise ValueError(f"{path} holds a {arguments['model_type']}; only SongUNet (DDPM++) can be read yet")
+    own = {key: value for key, value in arguments.items() if key not in PRECONDITIONING}
+    for key, only in DDPMPP.items():
+        if own.pop(key, only) != only:
+            kind = f"SongUNet with {key} {arguments[key]!r}"
+            raise ValueError(f"{path} holds a {kind}; only {only!r} (DDPM++) can be read yet")
+    channels = arguments["img_channels"]
+    interface = {"img_resolution": arguments["img_resolution"], "in_channels": channels, "out_channels": channels}
+    return {**interface, "label_dim": arguments["label_dim"], **own}
+
+
+def collect_tensors(module: Any, prefix: str, tensors: dict, seen: set, path) -> None:
+    """The state dict of a pickled module, into ``tensors``."""
+    if not isinstance(module, Record) or id(module) in seen:
+        raise ValueError(f"{path}: {prefix or 'the network'} is not a module, or one that is there twice")
+    seen.add(id(module))
+    state = persistent_object(module, path)[1] if module.name == PERSISTENT else as_dict(module.state)
+    for key, value in {**as_dict(state.get("_parameters")), **as_dict(state.get("_buffers"))}.items():
+        if value is not None:
+            tensors[f"{prefix}{key}"] = rebuild_tensor(value, f"{path}: {prefix}{key}")
+    for key, child in as_dict(state.get("_modules")).items():
+        if child is not None:
+            collect_tensors(child, f"{prefix}{key}.", tensors, seen, path)
+
+
+def rebuild_tensor(value: Any, where: str) -> Tensor:
+    """A tensor from its storage, whose bytes are a ``torch.save`` file of their own, read with ``weights_only``."""
+    if isinstance(value, Record) and value.name == PARAMETER and value.args:
+        value = value.args[0]
+    match value:
+        case Record(name=name, args=(Record(args=(bytes(data),)) as storage, offset, size, stride, *_)) if (
+            name == TENSOR and storage.name == STORAGE
+        ):
+            try:
+                stored = torch.load(io.BytesIO(data), weights_only=True)
+                flat = torch.empty(0, dtype=stored.dtype).set_(stored)
+                if math.prod(size) > len(flat):
+                    raise ValueError(f"its storage has {len(flat)} elements")
+                return flat.as_strided(size, stride, offset).clone()
+            except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
+                raise ValueError(f"{where} is damaged or not a tensor: {str(error).splitlines()[0]}") from None
+    raise ValueError(f"{where} is not a tensor")
