@@ -31,8 +31,6 @@ PRECONDITIONING = {
     "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
     "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
 }  # fmt: skip
-# Arguments of SongUNet that ours has no choice in.
-DDPMPP = {"embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "decoder_type": "standard"}
 
 
 def is_nvlabs_pickle(path: Path) -> bool:
@@ -47,7 +45,7 @@ def is_nvlabs_pickle(path: Path) -> bool:
 def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """``config.json`` as a value, and the tensors, of the averaged network (``ema``) in an NVlabs ``.pkl``.
 
-    DDPM++ networks under EDM's preconditioning can be read (the released ``edm-*-vp.pkl``).
+    DDPM++, NCSN++ and ADM networks under EDM's preconditioning can be read (every ``edm-*.pkl`` but the baselines).
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,8 +61,8 @@ def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     size = arguments["img_resolution"]
     config = {
         "role": "teacher",
-        "network": "SongUNet",
-        "network_config": network_config(arguments, path),
+        "network": arguments["model_type"],
+        "network_config": network_config(arguments),
         "parameterization": EDM.to_dict(),
         "sigma_data": arguments["sigma_data"],
         "sample_shape": [arguments["img_channels"], size, size],
@@ -102,15 +100,9 @@ def constructor_arguments(state: dict, path) -> dict:
     return arguments
 
 
-def network_config(arguments: dict, path) -> dict:
-    """Arguments of our ``SongUNet``."""
-    if arguments["model_type"] != "SongUNet":
-        raise ValueError(f"{path} holds a {arguments['model_type']}; only SongUNet (DDPM++) can be read yet")
+def network_config(arguments: dict) -> dict:
+    """What the preconditioning passes on to the network that it makes."""
     own = {key: value for key, value in arguments.items() if key not in PRECONDITIONING}
-    for key, only in DDPMPP.items():
-        if own.pop(key, only) != only:
-            kind = f"SongUNet with {key} {arguments[key]!r}"
-            raise ValueError(f"{path} holds a {kind}; only {only!r} (DDPM++) can be read yet")
     channels = arguments["img_channels"]
     interface = {"img_resolution": arguments["img_resolution"], "in_channels": channels, "out_channels": channels}
     return {**interface, "label_dim": arguments["label_dim"], **own}

@@ -4,10 +4,11 @@ import inspect
 
 from torch import nn
 
+from teachers.networks.dhariwal_unet import DhariwalUNet
 from teachers.networks.sit import SiT
 from teachers.networks.song_unet import SongUNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "SiT": SiT}
+NETWORKS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "SiT": SiT}
 
 
 def build(name: str, config: dict) -> nn.Module:

@@ -105,6 +105,26 @@ class PositionalEmbedding(TimeEmbedding):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class FourierEmbedding(TimeEmbedding):
+    """``[cos(w t), sin(w t)]`` with random frequencies, fixed at initialisation and saved (NCSN++, arXiv 2011.13456).
+
+    Input ``(B,)``, output ``(B, dim)`` in fp32 (fp64 for fp64 input).
+    """
+
+    def __init__(self, dim: int, scale: float = 16.0):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"an embedding's dimension must be even, got {dim}")
+        self.register_buffer("freqs", torch.randn(dim // 2) * scale)
+
+    def frequencies(self, device, dtype):
+        return 2 * math.pi * self.freqs.to(device, dtype)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = self.angles(t)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over ``(B, heads, tokens, head_dim)``, scaled by ``head_dim ** -0.5``.
 

@@ -1,7 +1,7 @@
-"""The DDPM++ U-Net of Song et al. (arXiv 2011.13456) as used by EDM (arXiv 2206.00364, appendix F).
+"""The DDPM++ and NCSN++ U-Nets of Song et al. (arXiv 2011.13456) as used by EDM (arXiv 2206.00364, appendix F).
 
-Tensor names and constructor defaults are those of the released ``edm-*-vp`` checkpoints, so their state dicts load
-unchanged. The code is our own.
+Tensor names and constructor defaults are those of the released ``edm-*-vp`` and ``edm-*-ve`` checkpoints, so their state
+dicts load unchanged. The code is our own.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, TimeLinear, attend, conv2d
+from teachers.networks.layers import FourierEmbedding, GroupNorm, PositionalEmbedding, TimeLinear, attend, conv2d
 
 # A residual sum of two unit-variance branches keeps unit variance (EDM, appendix F).
 SKIP_SCALE = math.sqrt(0.5)
@@ -35,12 +35,17 @@ class Linear(TimeLinear):
 
 
 class Conv2d(nn.Module):
-    """Convolution with optional 2x resampling by a fixed separable filter; ``kernel=0`` resamples only."""
+    """Convolution with optional 2x resampling by a fixed separable filter; ``kernel=0`` resamples only.
+
+    Resampling comes first; with ``fused`` a downsampling convolution filters its own result, without padding in between.
+    """
 
     def __init__(
-        self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), init_scale=1.0
+        self, in_channels, out_channels, kernel, up=False, down=False, resample_filter=(1, 1), init_scale=1.0,
+        fused=False,
     ):  # fmt: skip
         super().__init__()
+        self.fused = fused
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
         self.up, self.down = up, down
         self.weight = self.bias = None
@@ -57,6 +62,10 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            taps = self.resample_filter.to(x.dtype).expand(self.out_channels, 1, -1, -1)
+            x = conv2d(x, self.weight, self.bias, padding=self.kernel // 2 + (taps.shape[-1] - 1) // 2)
+            return F.conv2d(x, taps, stride=2, groups=self.out_channels)
         if self.up or self.down:
             x = self.resample(x)
         if self.weight is not None:
@@ -80,47 +89,64 @@ def unrounded(layer: Conv2d, x: Tensor) -> Tensor:
     Used on the residual stream and on attention's 1x1 projections, a small share of the work. Rounded to bf16, either can
     take the derivative's error past 2 %.
     """
+    if layer.weight is None:
+        return layer(x)
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(layer.weight.dtype))
 
 
-def group_norm(channels: int) -> GroupNorm:
-    return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def group_norm(channels: int, eps: float = 1e-6) -> GroupNorm:
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
 class UNetBlock(nn.Module):
-    """Residual block: norm, conv, additive time shift *before* the second norm, conv; then optional self-attention."""
+    """Residual block: norm, conv, time shift *before* the second norm, conv; then optional self-attention.
+
+    Args:
+        channels_per_head: of the attention; ``None``: one head.
+        adaptive_scale: the time scales and shifts *after* the second norm instead (ADM, arXiv 2105.05233).
+        skip_scale: factor on every residual sum.
+        resample_proj: a skip connection that only resamples has a 1x1 convolution too.
+    """
 
     def __init__(
         self, in_channels, out_channels, emb_channels, up=False, down=False, attention=False, dropout=0.0,
-        resample_filter=(1, 1),
+        resample_filter=(1, 1), channels_per_head=None, adaptive_scale=False, skip_scale=SKIP_SCALE, eps=1e-6,
+        resample_proj=True,
     ):  # fmt: skip
         super().__init__()
-        self.num_heads = 1 if attention else 0
-        self.dropout = dropout
+        self.num_heads = (out_channels // (channels_per_head or out_channels)) if attention else 0
+        self.dropout, self.adaptive_scale, self.skip_scale = dropout, adaptive_scale, skip_scale
         resample = dict(up=up, down=down, resample_filter=resample_filter)
-        self.norm0 = group_norm(in_channels)
+        self.norm0 = group_norm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)
-        self.affine = Linear(emb_channels, out_channels)
-        self.norm1 = group_norm(out_channels)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
+        self.norm1 = group_norm(out_channels, eps)
         self.conv1 = Conv2d(out_channels, out_channels, kernel=3, init_scale=1e-5)
         self.skip = None
         if out_channels != in_channels or up or down:
-            self.skip = Conv2d(in_channels, out_channels, kernel=1, **resample)
+            kernel = 1 if resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel=kernel, **resample)
         if attention:
-            self.norm2 = group_norm(out_channels)
+            self.norm2 = group_norm(out_channels, eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, kernel=1, init_scale=math.sqrt(0.2))
             self.proj = Conv2d(out_channels, out_channels, kernel=1, init_scale=1e-5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(F.silu(self.norm0(x)))
         with torch.autocast(x.device.type, enabled=False):  # the time path, whatever the precision of the rest
-            y = y + self.affine(emb)[:, :, None, None].to(self.affine.weight.dtype)
-        y = self.conv1(F.dropout(F.silu(self.norm1(y)), self.dropout, self.training))
-        x = (y + (x if self.skip is None else unrounded(self.skip, x))) * SKIP_SCALE
+            y = self.condition(y, self.affine(emb)[:, :, None, None].to(self.affine.weight.dtype))
+        y = self.conv1(F.dropout(F.silu(y), self.dropout, self.training))
+        x = (y + (x if self.skip is None else unrounded(self.skip, x))) * self.skip_scale
         if self.num_heads:
-            x = (x + self.attention(self.norm2(x))) * SKIP_SCALE
+            x = (x + self.attention(self.norm2(x))) * self.skip_scale
         return x
+
+    def condition(self, y: Tensor, parameters: Tensor) -> Tensor:
+        if not self.adaptive_scale:
+            return self.norm1(y + parameters)
+        scale, shift = parameters.chunk(2, dim=1)
+        return self.norm1(y) * (1 + scale) + shift
 
     def attention(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -131,7 +157,7 @@ class UNetBlock(nn.Module):
 
 
 class SongUNet(nn.Module):
-    """DDPM++ U-Net: ``forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W)``.
+    """DDPM++ or NCSN++ U-Net: ``forward(x, noise_labels, class_labels=None) -> (B, out_channels, H, W)``.
 
     Args:
         img_resolution: height and width of the input.
@@ -140,40 +166,50 @@ class SongUNet(nn.Module):
         augment_dim: width of EDM's augmentation labels; the tensor exists for released weights and sees zeros.
         label_dropout: as the network was trained; with 0 it has no null class. Labels are dropped by the objective, not by
             the network.
+        embedding_type, encoder_type: ``"positional"`` and ``"standard"`` for DDPM++; ``"fourier"`` and ``"residual"`` for
+            NCSN++, which also has ``channel_mult_noise=2`` and ``resample_filter=(1, 3, 3, 1)``.
+        decoder_type: ``"standard"``, the only one that any released network has.
         guidance_embedding: adds an input ``guidance`` ``(B,)``: the guidance scale a student was asked for, embedded
             like the time and zero-initialised (sCM, section 5.2).
-
-    Only the DDPM++ variant (positional embedding, standard encoder and decoder) is defined here.
     """
 
     def __init__(
         self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
         channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
-        label_dropout=0.0, resample_filter=(1, 1), guidance_embedding=False,
+        label_dropout=0.0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+        decoder_type="standard", resample_filter=(1, 1), guidance_embedding=False,
     ):  # fmt: skip
         super().__init__()
+        for key, value, allowed in (
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("encoder_type", encoder_type, ("standard", "residual")),
+            ("decoder_type", decoder_type, ("standard",)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
         self.stride = 2 ** (len(channel_mult) - 1)
         if img_resolution % self.stride:
             raise ValueError(f"img_resolution {img_resolution} is not a multiple of {self.stride}, its downsampling")
         self.label_dim = label_dim
         self.null_class = label_dropout > 0
-        emb_channels = model_channels * channel_mult_emb
+        emb_channels, noise_channels = model_channels * channel_mult_emb, model_channels * channel_mult_noise
         block = dict(emb_channels=emb_channels, dropout=dropout, resample_filter=resample_filter)
 
-        self.map_noise = PositionalEmbedding(model_channels, endpoint=True)
+        fourier = embedding_type == "fourier"
+        self.map_noise = FourierEmbedding(noise_channels) if fourier else PositionalEmbedding(noise_channels, endpoint=True)
         if label_dim:
-            self.map_label = Linear(label_dim, model_channels, init="kaiming_normal", init_scale=math.sqrt(label_dim))
+            self.map_label = Linear(label_dim, noise_channels, init="kaiming_normal", init_scale=math.sqrt(label_dim))
         if augment_dim:
-            self.map_augment = Linear(augment_dim, model_channels, bias=False)
+            self.map_augment = Linear(augment_dim, noise_channels, bias=False)
             self.map_augment.requires_grad_(False)  # sees zeros only
         self.guidance_embedding = guidance_embedding
         if guidance_embedding:
-            self.map_guidance = Linear(model_channels, model_channels, bias=False, init_scale=0.0)
-        self.map_layer0 = Linear(model_channels, emb_channels)
+            self.map_guidance = Linear(noise_channels, noise_channels, bias=False, init_scale=0.0)
+        self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
         self.enc = nn.ModuleDict()
-        cout = in_channels
+        cout, aux_channels = in_channels, in_channels
         skips = []
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
@@ -182,6 +218,11 @@ class SongUNet(nn.Module):
                 self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3)
             else:
                 self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
+                if encoder_type == "residual":
+                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
+                        aux_channels, cout, kernel=3, down=True, resample_filter=resample_filter, fused=True
+                    )
+                    aux_channels = cout
             skips.append(cout)
             for i in range(num_blocks):
                 cin, cout = cout, model_channels * mult
@@ -222,8 +263,11 @@ class SongUNet(nn.Module):
         # The time path stays in fp32 or better: its derivative is lost in bf16.
         with torch.autocast(x.device.type, enabled=False):
             emb = self.embed(noise_labels, class_labels, guidance)
-        skips = []
+        skips, pyramid = [], x
         for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                x = skips[-1] = pyramid = (x + unrounded(layer, pyramid)) * SKIP_SCALE
+                continue
             x = unrounded(layer, x) if name.endswith("_conv") else layer(x, emb)
             skips.append(x)
         for name, layer in self.dec.items():

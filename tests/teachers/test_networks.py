@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from teachers.networks import SiT, SongUNet, build, is_registered
+import teachers
+from distill.jvp import check_jvp
+from teachers.networks import DhariwalUNet, SiT, SongUNet, build, is_registered
 from teachers.networks.layers import GroupNorm
 from teachers.networks.song_unet import Conv2d
 
@@ -12,6 +14,9 @@ UNET = dict(
     img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
     attn_resolutions=[4],
 )  # fmt: skip
+
+
+NCSNPP = dict(embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=(1, 3, 3, 1))
 
 
 def count(network) -> int:
@@ -24,11 +29,19 @@ def count(network) -> int:
         (dict(img_resolution=32, label_dim=0, augment_dim=9, channel_mult=(2, 2, 2)), 55_733_891),  # cifar10 uncond-vp
         (dict(img_resolution=32, label_dim=10, augment_dim=9, channel_mult=(2, 2, 2)), 55_735_299),  # cifar10 cond-vp
         (dict(img_resolution=64, label_dim=0, augment_dim=9, channel_mult=(1, 2, 2, 2)), 61_805_571),  # ffhq-64 -vp
+        (dict(img_resolution=32, label_dim=10, augment_dim=9, channel_mult=(2, 2, 2), **NCSNPP), 56_400_643),  # cond-ve
+        (dict(img_resolution=32, label_dim=0, augment_dim=9, channel_mult=(2, 2, 2), **NCSNPP), 56_397_827),  # uncond-ve
+        (dict(img_resolution=64, label_dim=0, augment_dim=9, channel_mult=(1, 2, 2, 2), **NCSNPP), 62_761_091),  # ffhq -ve
     ],
 )
 def test_song_unet_has_the_published_parameter_counts(config, parameters):
     with torch.device("meta"):
         assert count(SongUNet(in_channels=3, out_channels=3, **config)) == parameters
+
+
+def test_adm_has_the_published_parameter_count():
+    with torch.device("meta"):
+        assert count(DhariwalUNet(64, 3, 3, label_dim=1000)) == 295_899_267  # imagenet-64x64-cond-adm
 
 
 def test_sit_xl_has_the_published_parameter_count():
@@ -59,6 +72,48 @@ def test_tensor_names_are_those_of_released_checkpoints():
         assert name in sit
     assert sit["y_embedder.embedding_table.weight"].shape == (1001, 1152)
     assert sit["final_layer.linear.weight"].shape == (2 * 2 * 8, 1152)
+
+
+def test_tensor_names_of_ncsnpp_and_adm():
+    with torch.device("meta"):
+        ve = SongUNet(32, 3, 3, label_dim=10, augment_dim=9, channel_mult=(2, 2, 2), **NCSNPP).state_dict()
+        adm = DhariwalUNet(64, 3, 3, label_dim=1000).state_dict()
+    assert ve["map_noise.freqs"].shape == (128,) and ve["map_label.weight"].shape == (256, 10)
+    assert ve["enc.16x16_aux_residual.weight"].shape == (256, 3, 3, 3)
+    assert ve["enc.8x8_aux_residual.resample_filter"].shape == (1, 1, 4, 4)
+    assert adm["map_label.weight"].shape == (768, 1000) and "map_label.bias" not in adm
+    assert adm["enc.32x32_block0.affine.weight"].shape == (2 * 384, 768)  # a scale and a shift
+    assert "enc.32x32_down.skip.weight" not in adm and "enc.32x32_down.skip.resample_filter" in adm
+    assert {"out_norm.bias", "out_conv.weight", "dec.8x8_block0.qkv.weight", "dec.32x32_block3.qkv.weight"} <= set(adm)
+
+
+@pytest.mark.parametrize("kind, changes", [("SongUNet", NCSNPP), ("DhariwalUNet", {})])
+def test_ncsnpp_and_adm_are_differentiable_along_the_ode(kind, changes):
+    torch.manual_seed(0)
+    native = build(kind, {**UNET, "dropout": 0.0, **changes})
+    for p in native.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    teacher = teachers.wrap(native, teachers.EDM, 0.5, (1, 8, 8), 3, "one_hot").eval()
+    check_jvp(teacher)
+    out = teacher(torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.5]), torch.tensor([0, 3]))
+    assert out.shape == (2, 1, 8, 8) and out.isfinite().all()
+
+
+def test_a_fused_downsampling_is_a_convolution_by_both_filters():
+    torch.manual_seed(0)
+    layer = Conv2d(2, 3, kernel=3, down=True, resample_filter=(1, 3, 3, 1), fused=True)
+    taps = torch.tensor([1.0, 3, 3, 1]) / 8
+    x = torch.randn(1, 2, 8, 8)
+    wide = F.conv2d(x, layer.weight, padding=2)
+    expected = F.conv2d(wide, taps.outer(taps).expand(3, 1, 4, 4), stride=2, groups=3)
+    assert layer(x).shape == (1, 3, 4, 4)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_attention_of_adm_has_64_channels_a_head():
+    with torch.device("meta"):
+        network = DhariwalUNet(64, 3, 3)
+    assert network.enc["32x32_block0"].num_heads == 6 and network.dec["8x8_in0"].num_heads == 12
 
 
 def test_output_has_the_shape_of_the_input(teacher):
@@ -245,7 +300,7 @@ def test_sit_patches_come_back_where_they_were():
 @pytest.mark.parametrize(
     "name, config, message",
     [
-        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, SiT"),
+        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, DhariwalUNet, SiT"),
         ("SiT", {"hiden_size": 8}, "SiT has no argument 'hiden_size'"),
         ("SiT", [1], "SiT needs a mapping of constructor arguments"),
         ("SongUNet", {}, "SongUNet cannot be built from its config: .* missing 3 required"),

@@ -18,6 +18,15 @@ from distill import cli
 from teachers.networks import build
 
 OPTIONS = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0, augment_dim=9)
+DDPMPP = dict(
+    model_type="SongUNet", embedding_type="positional", encoder_type="standard", decoder_type="standard",
+    channel_mult_noise=1, resample_filter=[1, 1],
+)  # fmt: skip
+NCSNPP = dict(
+    model_type="SongUNet", embedding_type="fourier", encoder_type="residual", decoder_type="standard",
+    channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+)  # fmt: skip
+ADM = dict(model_type="DhariwalUNet")
 
 
 class Persistent:
@@ -67,14 +76,13 @@ def pickled_module(module: nn.Module, **extra):
     return Persistent(type(module).__name__, **state, **extra)
 
 
-def snapshot(EasyDict, class_name="EDMPrecond", **changes):
+def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", **changes):
     """A network and its snapshot as ``edm/training/training_loop.py`` writes it."""
     torch.manual_seed(0)
-    network = build("SongUNet", dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, **OPTIONS))
-    arguments = EasyDict(
-        img_resolution=8, img_channels=3, label_dim=4, use_fp16=False, model_type="SongUNet", embedding_type="positional",
-        encoder_type="standard", decoder_type="standard", channel_mult_noise=1, **OPTIONS,
-    )  # fmt: skip
+    own = {key: value for key, value in kind.items() if key != "model_type"}
+    config = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, **OPTIONS, **own)
+    network = build(kind["model_type"], config)
+    arguments = EasyDict(img_resolution=8, img_channels=3, label_dim=4, use_fp16=False, **kind, **OPTIONS)
     ema = Persistent(
         class_name, _init_args=(), _init_kwargs=EasyDict({**arguments, **changes}), _parameters=OrderedDict(),
         _buffers=OrderedDict(), _modules=OrderedDict(model=pickled_module(network)), sigma_data=0.5,
@@ -88,9 +96,9 @@ def write(tmp_path, value, protocol=4):
     return path
 
 
-@pytest.mark.parametrize("protocol", [4, 5])
-def test_a_pickle_becomes_a_teacher_bit_for_bit(nvlabs_modules, tmp_path, protocol):
-    network, value = snapshot(nvlabs_modules)
+@pytest.mark.parametrize("kind, protocol", [(DDPMPP, 4), (NCSNPP, 4), (ADM, 4), (DDPMPP, 5)])
+def test_a_pickle_becomes_a_teacher_bit_for_bit(nvlabs_modules, tmp_path, kind, protocol):
+    network, value = snapshot(nvlabs_modules, kind)
     teacher = teachers.load(write(tmp_path, value, protocol))
     assert teacher.parameterization == teachers.EDM and teacher.sigma_data == 0.5
     assert teacher.sample_shape == (3, 8, 8) and teacher.num_classes == 4
@@ -114,8 +122,8 @@ def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "DhariwalUNet"}, "holds a DhariwalUNet; only SongUNet"),
-        ({"embedding_type": "fourier"}, "embedding_type 'fourier'; only 'positional'"),
+        ({"model_type": "UViT"}, "network is 'UViT'; allowed: SongUNet, DhariwalUNet"),
+        ({"decoder_type": "skip"}, "decoder_type is 'skip'; allowed: standard"),
         ({"class_name": "VPPrecond"}, "class VPPrecond; only EDMPrecond"),
         ({"num_blocks": 2}, "does not fit SongUNet: tensors"),
         ({"img_channels": None}, "was made without img_channels"),
