@@ -1,8 +1,8 @@
-"""Teachers from the ``.pkl`` files of NVlabs/edm (arXiv 2206.00364), without running what they carry.
+"""Teachers from the ``.pkl`` files of NVlabs/edm and edm2 (arXiv 2206.00364, 2312.02696), without running what they carry.
 
 Such a file is a plain pickle with the source code of its network inside, which the official loader executes. Here it is
 read as data (:mod:`teachers.inert_pickle`): the class name and the constructor arguments say which of our own networks to
-build, and only tensors are taken over. Format: ``torch_utils/persistence.py`` of that repository.
+build, and only tensors are taken over. Format: ``torch_utils/persistence.py`` of those repositories.
 """
 
 import io
@@ -26,10 +26,16 @@ GLOBALS = {
     "torch.nn.modules.container.ModuleDict", "numpy.dtype", "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
-# Constructor of the preconditioning, in its order; the network's own arguments follow by name.
+# Constructor of each preconditioning, in its order (``None``: no default); the network's own arguments follow by name.
 PRECONDITIONING = {
-    "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
-    "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
+    "EDMPrecond": {
+        "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
+        "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
+    },
+    "Precond": {  # EDM2
+        "img_resolution": None, "img_channels": None, "label_dim": None, "use_fp16": True, "sigma_data": 0.5,
+        "logvar_channels": 128,
+    },
 }  # fmt: skip
 
 
@@ -45,7 +51,7 @@ def is_nvlabs_pickle(path: Path) -> bool:
 def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """``config.json`` as a value, and the tensors, of the averaged network (``ema``) in an NVlabs ``.pkl``.
 
-    DDPM++, NCSN++ and ADM networks under EDM's preconditioning can be read (every ``edm-*.pkl`` but the baselines).
+    EDM's DDPM++, NCSN++ and ADM networks (every ``edm-*.pkl`` but the baselines) and EDM2's can be read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -55,14 +61,14 @@ def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if "ema" not in snapshot:
         raise ValueError(f"{path} holds no network 'ema': it is not a snapshot of NVlabs/edm")
     name, state = persistent_object(snapshot["ema"], path)
-    if name != "EDMPrecond":
-        raise ValueError(f"{path} holds a network of class {name}; only EDMPrecond can be read yet")
-    arguments = constructor_arguments(state, path)
+    if name not in PRECONDITIONING:
+        raise ValueError(f"{path} holds a network of class {name}; can be read: {', '.join(PRECONDITIONING)}")
+    arguments = constructor_arguments(name, state, path)
     size = arguments["img_resolution"]
     config = {
         "role": "teacher",
-        "network": arguments["model_type"],
-        "network_config": network_config(arguments),
+        "network": arguments.get("model_type", "EDM2UNet"),
+        "network_config": network_config(name, arguments),
         "parameterization": EDM.to_dict(),
         "sigma_data": arguments["sigma_data"],
         "sample_shape": [arguments["img_channels"], size, size],
@@ -71,7 +77,9 @@ def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     }
     tensors = {}
     collect_tensors(snapshot["ema"], "", tensors, set(), path)
-    return config, {key.removeprefix("model."): value.float() for key, value in tensors.items()}
+    # EDM calls its network model and EDM2 unet, beside which there is the loss weighting of its training.
+    ours = {key.split(".", 1)[1]: value.float() for key, value in tensors.items() if key.startswith(("model.", "unet."))}
+    return config, ours
 
 
 def as_dict(value: Any) -> dict:
@@ -90,22 +98,22 @@ def persistent_object(value: Any, path) -> tuple[str, dict]:
     raise ValueError(f"{path}: its network is not in the form that torch_utils.persistence writes")
 
 
-def constructor_arguments(state: dict, path) -> dict:
+def constructor_arguments(name: str, state: dict, path) -> dict:
     """The call that made the preconditioned network, with its defaults filled in."""
-    positional = dict(zip(PRECONDITIONING, state.get("_init_args", ()), strict=False))
-    arguments = {**PRECONDITIONING, **positional, **as_dict(state.get("_init_kwargs"))}
+    positional = dict(zip(PRECONDITIONING[name], state.get("_init_args", ()), strict=False))
+    arguments = {**PRECONDITIONING[name], **positional, **as_dict(state.get("_init_kwargs"))}
     missing = [key for key, value in arguments.items() if value is None]
     if missing:
         raise ValueError(f"{path}: its network was made without {', '.join(missing)}")
     return arguments
 
 
-def network_config(arguments: dict) -> dict:
+def network_config(name: str, arguments: dict) -> dict:
     """What the preconditioning passes on to the network that it makes."""
-    own = {key: value for key, value in arguments.items() if key not in PRECONDITIONING}
+    own = {key: value for key, value in arguments.items() if key not in PRECONDITIONING[name]}
     channels = arguments["img_channels"]
-    interface = {"img_resolution": arguments["img_resolution"], "in_channels": channels, "out_channels": channels}
-    return {**interface, "label_dim": arguments["label_dim"], **own}
+    sides = {"img_channels": channels} if name == "Precond" else {"in_channels": channels, "out_channels": channels}
+    return {"img_resolution": arguments["img_resolution"], **sides, "label_dim": arguments["label_dim"], **own}
 
 
 def collect_tensors(module: Any, prefix: str, tensors: dict, seen: set, path) -> None:

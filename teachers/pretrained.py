@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.networks import build, is_registered
+from teachers.networks.layers import TimeEmbedding
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
 
@@ -279,8 +280,7 @@ def time_embedding_speed(model: Teacher, num_times: int = 500) -> float:
 
     About 0.1 for TrigFlow, EDM's DDPM++ and SiT; above 1 a student needs a smoother embedding (sCM, section 4.1).
     """
-    native = model.native
-    embedding = native.map_noise if hasattr(native, "map_noise") else native.t_embedder.frequencies
+    embedding = next(module for module in model.native.modules() if isinstance(module, TimeEmbedding))
     ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / model.sigma_data
     t = torch.linspace(*torch.atan(ends).tolist(), num_times, dtype=torch.float64)
 

@@ -5,10 +5,11 @@ import inspect
 from torch import nn
 
 from teachers.networks.dhariwal_unet import DhariwalUNet
+from teachers.networks.edm2_unet import EDM2UNet
 from teachers.networks.sit import SiT
 from teachers.networks.song_unet import SongUNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "SiT": SiT}
+NETWORKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT)}
 
 
 def build(name: str, config: dict) -> nn.Module:

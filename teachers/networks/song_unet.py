@@ -116,7 +116,7 @@ class UNetBlock(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.num_heads = (out_channels // (channels_per_head or out_channels)) if attention else 0
-        self.dropout, self.adaptive_scale, self.skip_scale = dropout, adaptive_scale, skip_scale
+        self.dropout, self.adaptive_scale, self.skip_scale = float(dropout), adaptive_scale, skip_scale
         resample = dict(up=up, down=down, resample_filter=resample_filter)
         self.norm0 = group_norm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import teachers
 from distill.jvp import check_jvp
-from teachers.networks import DhariwalUNet, SiT, SongUNet, build, is_registered
+from teachers.networks import DhariwalUNet, EDM2UNet, SiT, SongUNet, build, is_registered
 from teachers.networks.layers import GroupNorm
 from teachers.networks.song_unet import Conv2d
 
@@ -42,6 +42,16 @@ def test_song_unet_has_the_published_parameter_counts(config, parameters):
 def test_adm_has_the_published_parameter_count():
     with torch.device("meta"):
         assert count(DhariwalUNet(64, 3, 3, label_dim=1000)) == 295_899_267  # imagenet-64x64-cond-adm
+
+
+@pytest.mark.parametrize("channels, label_dim, millions", [(64, 1000, 31.3), (128, 1000, 124.71), (128, 0, 124.2),
+                                                           (192, 1000, 280.21), (192, 0, 279.44), (256, 1000, 497.81),
+                                                           (320, 1000, 777.5), (384, 1000, 1119.28), (448, 1000, 1523.16)])
+def test_edm2_has_the_published_parameter_counts(channels, label_dim, millions):
+    with torch.device("meta"):
+        network = EDM2UNet(64, 4, label_dim, model_channels=channels)
+    # The published counts include the loss weighting of training: a linear layer on 128 channels.
+    assert round((count(network) + 128) / 1e6, 1 if millions in (31.3, 124.2, 777.5) else 2) == millions
 
 
 def test_sit_xl_has_the_published_parameter_count():
@@ -87,10 +97,18 @@ def test_tensor_names_of_ncsnpp_and_adm():
     assert {"out_norm.bias", "out_conv.weight", "dec.8x8_block0.qkv.weight", "dec.32x32_block3.qkv.weight"} <= set(adm)
 
 
-@pytest.mark.parametrize("kind, changes", [("SongUNet", NCSNPP), ("DhariwalUNet", {})])
-def test_ncsnpp_and_adm_are_differentiable_along_the_ode(kind, changes):
+EDM2 = dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+            attn_resolutions=[4], channels_per_head=16)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [("SongUNet", {**UNET, "dropout": 0.0, **NCSNPP}), ("DhariwalUNet", {**UNET, "dropout": 0.0}), ("EDM2UNet", EDM2)],
+    ids=["NCSN++", "ADM", "EDM2"],
+)
+def test_released_networks_are_differentiable_along_the_ode(kind, config):
     torch.manual_seed(0)
-    native = build(kind, {**UNET, "dropout": 0.0, **changes})
+    native = build(kind, config)
     for p in native.parameters():
         p.data += 0.05 * torch.randn_like(p)
     teacher = teachers.wrap(native, teachers.EDM, 0.5, (1, 8, 8), 3, "one_hot").eval()
@@ -114,6 +132,44 @@ def test_attention_of_adm_has_64_channels_a_head():
     with torch.device("meta"):
         network = DhariwalUNet(64, 3, 3)
     assert network.enc["32x32_block0"].num_heads == 6 and network.dec["8x8_in0"].num_heads == 12
+
+
+def test_tensor_names_of_edm2():
+    with torch.device("meta"):
+        names = EDM2UNet(64, 4, 1000).state_dict()
+    assert {"out_gain", "emb_fourier.freqs", "emb_fourier.phases", "emb_noise.weight", "emb_label.weight", "out_conv.weight",
+            "enc.64x64_block0.emb_gain", "enc.32x32_block0.conv_skip.weight", "dec.16x16_block3.attn_qkv.weight",
+            "dec.8x8_in0.attn_proj.weight", "dec.64x64_up.emb_linear.weight"} <= set(names)  # fmt: skip
+    assert names["enc.64x64_conv.weight"].shape == (192, 5, 3, 3)  # a channel of ones in place of biases
+    assert not any(name.endswith("bias") for name in names)
+
+
+def test_edm2_keeps_magnitudes():
+    """Unit variance in gives unit variance through every block at initialisation, which is what the network is made for."""
+    torch.manual_seed(0)
+    network = EDM2UNet(**{**EDM2, "img_resolution": 16, "model_channels": 64, "channels_per_head": 64})
+    seen = {}
+    for name, module in [*network.enc.items(), *network.dec.items()]:
+        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o.square().mean().sqrt().item()}))
+    with torch.no_grad():
+        network(torch.randn(4, 1, 16, 16), torch.randn(4), torch.eye(3)[[0, 1, 2, 0]])
+    assert all(0.6 < rms < 1.5 for rms in seen.values()), seen
+
+
+def test_edm2_weights_count_by_direction_and_are_brought_back():
+    torch.manual_seed(0)
+    network = build("EDM2UNet", EDM2)
+    network.out_gain.data.fill_(1.0)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, -0.5])
+    before = network(x, t)
+    for p in network.parameters():
+        if p.ndim > 1:
+            p.data *= 3
+    torch.testing.assert_close(network(x, t), before, rtol=1e-3, atol=1e-3)
+    network.normalize_weights()
+    rms = network.out_conv.weight.square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(network(x, t), before, rtol=1e-3, atol=1e-3)
 
 
 def test_output_has_the_shape_of_the_input(teacher):
@@ -300,7 +356,7 @@ def test_sit_patches_come_back_where_they_were():
 @pytest.mark.parametrize(
     "name, config, message",
     [
-        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, DhariwalUNet, SiT"),
+        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, DhariwalUNet, EDM2UNet, SiT"),
         ("SiT", {"hiden_size": 8}, "SiT has no argument 'hiden_size'"),
         ("SiT", [1], "SiT needs a mapping of constructor arguments"),
         ("SongUNet", {}, "SongUNet cannot be built from its config: .* missing 3 required"),

@@ -27,6 +27,7 @@ NCSNPP = dict(
     channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
 )  # fmt: skip
 ADM = dict(model_type="DhariwalUNet")
+EDM2 = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=16)
 
 
 class Persistent:
@@ -106,6 +107,24 @@ def test_a_pickle_becomes_a_teacher_bit_for_bit(nvlabs_modules, tmp_path, kind, 
     assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_an_edm2_pickle_becomes_a_teacher(nvlabs_modules, tmp_path):
+    """In half precision, with the loss weighting of its training, as edm2/training/training_loop.py writes it."""
+    torch.manual_seed(0)
+    network = build("EDM2UNet", dict(img_resolution=8, img_channels=4, label_dim=5, **EDM2)).half()
+    arguments = nvlabs_modules(img_resolution=8, img_channels=4, label_dim=5, use_fp16=True, sigma_data=0.5, **EDM2)
+    logvar = Persistent("MPConv", _parameters=OrderedDict(weight=nn.Parameter(torch.ones(1, 128))), _buffers={}, _modules={})
+    ema = Persistent(
+        "Precond", _init_args=(), _init_kwargs=arguments, _parameters=OrderedDict(), _buffers=OrderedDict(),
+        _modules=OrderedDict(unet=pickled_module(network), logvar_linear=logvar),
+    )  # fmt: skip
+    value = nvlabs_modules(encoder=Persistent("StabilityVAEEncoder", scale=np.ones(4, np.float32)), ema=ema)
+    teacher = teachers.load(write(tmp_path, value))
+    assert teacher.sample_shape == (4, 8, 8) and teacher.num_classes == 5 and teacher.parameterization == teachers.EDM
+    ours, theirs = teacher.native.state_dict(), network.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key].float()) for key in theirs)
+    assert teachers.pretrained.time_embedding_speed(teacher) > 1
+
+
 def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys):
     path = write(tmp_path, snapshot(nvlabs_modules)[1])
     assert cli.main(["teachers", "convert", str(path), str(tmp_path / "edm")]) == 0
@@ -124,7 +143,7 @@ def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys
     [
         ({"model_type": "UViT"}, "network is 'UViT'; allowed: SongUNet, DhariwalUNet"),
         ({"decoder_type": "skip"}, "decoder_type is 'skip'; allowed: standard"),
-        ({"class_name": "VPPrecond"}, "class VPPrecond; only EDMPrecond"),
+        ({"class_name": "VPPrecond"}, "class VPPrecond; can be read: EDMPrecond, Precond"),
         ({"num_blocks": 2}, "does not fit SongUNet: tensors"),
         ({"img_channels": None}, "was made without img_channels"),
         ({"label_dim": "four"}, "num_classes must be a number of classes"),

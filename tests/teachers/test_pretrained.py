@@ -171,7 +171,7 @@ def damage(folder, kind):
         ({"sample_shape": [1, 8]}, "sample_shape must be a list of sizes"),
         ({"num_classes": 0}, "num_classes must be"),
         ({"label_format": "words"}, "label_format must be one of index, one_hot, got 'words'"),
-        ({"network": "UNet"}, "config.json: network is 'UNet'; allowed: SongUNet, DhariwalUNet, SiT"),
+        ({"network": "UNet"}, "config.json: network is 'UNet'; allowed: SongUNet, DhariwalUNet, EDM2UNet, SiT"),
         ({"network_config": {"layers": 3}}, "has no argument 'layers'"),
         ({"parameterization": {"family": "edm", "prediction": "raw", "time": "t"}}, "time signal is 't'"),
         ({"parameterization": {"family": "edm", "kind": "raw"}}, "config.json: .* unexpected keyword argument 'kind'"),
