@@ -17,7 +17,7 @@ def sample(options: argparse.Namespace) -> None:
     from distill.sampling import cycle_labels
     from distill.visual import save_grid, to_uint8
 
-    if options.out.suffix not in (".png", ".npz"):
+    if options.out.suffix.lower() not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
     if options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
@@ -28,7 +28,7 @@ def sample(options: argparse.Namespace) -> None:
         solver=options.solver,
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    if options.out.suffix == ".png":
+    if options.out.suffix.lower() == ".png":
         save_grid(list(images.split(options.columns)), options.out)
     else:
         used = cycle_labels(model.network, options.num) if labels is None else labels
@@ -126,7 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_verb(verbs, name: str, action, example: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=action.__doc__, description=action.__doc__, epilog=f"example: {example}")
+    text = action.__doc__.replace("``", "")
+    parser = verbs.add_parser(name, help=text, description=text, epilog=f"example: {example}")
     parser.set_defaults(action=action)
     return parser
 
@@ -140,6 +141,13 @@ def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def sentence(error: Exception) -> str:
+    """The message of an error for the command line; one of the operating system with its path in front."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} cannot be read or written: {error.strerror}"
+    return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = build_parser().parse_args(arguments)
@@ -147,8 +155,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.action(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -111,6 +111,8 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     files = zip(encoded.field("bytes").to_pylist(), encoded.field("path").to_pylist(), strict=True)
     pixels = [images.pixels(Image.open(io.BytesIO(data) if data else path)) for data, path in files]
     labels = images.rows[images.label_column][:] if images.label_column else [0] * len(pixels)
+    if None in labels:
+        raise ValueError(f"column {images.label_column!r} has images without a label; set label_column to null")
     return torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1), torch.tensor(labels)
 
 

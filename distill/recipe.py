@@ -19,7 +19,7 @@ OBJECTIVES = ("diffusion", "distillation", "training")
 class NetworkConfig:
     """A network to be trained from scratch (objective ``diffusion`` only)."""
 
-    name: str  # a registered network: SongUNet or SiT
+    name: str  # a registered network, such as SongUNet or SiT
     config: dict  # its constructor arguments
     parameterization: str | dict = "EDM"  # a preset of teachers, or the fields of teachers.Parameterization
     label_format: str = "index"
@@ -181,7 +181,9 @@ def recipe_path(name: str | Path) -> Path:
             return folder / relative
         if folder.is_dir():
             shipped = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
-            raise FileNotFoundError(f"no recipe {str(name)!r}; recipes that ship: {', '.join(shipped)}")
+            near = difflib.get_close_matches(str(relative), shipped, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"recipes that ship: {', '.join(shipped)}"
+            raise FileNotFoundError(f"no recipe {str(name)!r}; {hint}")
     raise FileNotFoundError(f"no recipe {str(name)!r}")
 
 
@@ -204,10 +206,13 @@ def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
     return parse_recipe(values, str(path))
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
+    """The recipe's values over those of its base; ``heirs`` are the recipes that asked for it as theirs."""
+    if path.resolve() in heirs:
+        raise ValueError(f"{path} is, through base, its own base recipe")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, got {type(values).__name__}")
@@ -217,7 +222,7 @@ def read_yaml(path: Path) -> dict:
         return values
     if not (path.parent / str(base)).is_file():
         raise FileNotFoundError(f"{path}: base recipe {base!r} does not exist beside it")
-    return merge(read_yaml(path.parent / base), values)
+    return merge(read_yaml(path.parent / base, (*heirs, path.resolve())), values)
 
 
 def expand_data(values: dict) -> None:
@@ -348,10 +353,10 @@ def check_targets(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: segments belong to objective distillation without discrete_steps; remove them")
     if half_life is None:
         raise ValueError(f"{where}: segments need target_half_life_images, the average that their targets come from")
-    if segments.max_length <= 0 or segments.solver_steps < 1 or segments.below < 0:
-        raise ValueError(
-            f"{where}: segments need a positive max_length, solver_steps of at least 1, and below of at least 0"
-        )
+    if segments.max_length <= 0 or segments.solver_steps < 1:
+        raise ValueError(f"{where}: segments need a positive max_length and solver_steps of at least 1")
+    if not 0 <= segments.below <= math.pi / 2:
+        raise ValueError(f"{where}: segments.below must be from 0 to pi/2 radians, got {segments.below}")
     if not 0 <= segments.everywhere_share <= 1:
         raise ValueError(f"{where}: segments.everywhere_share must be from 0 to 1, got {segments.everywhere_share}")
 
@@ -368,14 +373,32 @@ def parse_dataclass(cls, values, where: str, prefix: str):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"allowed: {', '.join(hints)}"
+            near = section_keys(hints, str(key)) or [prefix + k for k in difflib.get_close_matches(str(key), hints, n=1)]
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(hints)}"
             raise ValueError(f"{where}: unknown key {prefix}{key}; {hint}")
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in values:
             raise ValueError(f"{where}: the key {prefix}{f.name} is missing")
     return cls(**{k: parse_value(hints[k], v, where, prefix + k) for k, v in values.items()})
+
+
+def section_keys(hints: dict, key: str) -> list[str]:
+    """Dotted keys of sections that hold a key of this very name, such as ``optimizer.learning_rate``."""
+    options = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    sections = {name: next(filter(dataclasses.is_dataclass, kinds), None) for name, kinds in options.items()}
+    return [f"{name}.{key}" for name, cls in sections.items() if cls and key in typing.get_type_hints(cls)]
+
+
+def describe(hint) -> str:
+    """A type in words: a section is a mapping."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {describe(*typing.get_args(hint))}"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
+    return "null" if hint is type(None) else hint.__name__
 
 
 def parse_value(hint, value, where: str, key: str):
@@ -405,8 +428,7 @@ def parse_value(hint, value, where: str, key: str):
         return "no"  # YAML 1.1 reads an unquoted `no` as false
     elif hint in (int, str, bool, dict) and type(value) is hint:
         return value
-    name = getattr(hint, "__name__", None) if isinstance(hint, type) else None
-    raise ValueError(f"{where}: {key} must be {name or str(hint).replace('NoneType', 'null')}, got {value!r}")
+    raise ValueError(f"{where}: {key} must be {describe(hint)}, got {value!r}")
 
 
 def to_dict(recipe: Recipe) -> dict:

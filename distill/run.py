@@ -8,6 +8,7 @@ Where the package is installed without its repository: python -m distill.run mni
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from distill.checkpoint import find_checkpoint
+from distill.cli import sentence
 from distill.cpu import tune_cpu
 from distill.data import check_sigma_data, load_images, training_images
 from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
@@ -173,8 +175,18 @@ class TimedBatches:
             start = time.perf_counter()
 
 
+def check_output_dir(path: Path) -> None:
+    """Raise ``OSError`` unless the folder is there and can be written, or could be made."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output_dir {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"output_dir {path}: {there} cannot be written")
+
+
 def check(recipe: Recipe) -> str:
     """Validate a recipe without training: files, shapes, labels, the network's derivative, and a memory estimate."""
+    check_output_dir(Path(recipe.output_dir))
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
@@ -252,8 +264,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             run(recipe)
     except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -264,6 +264,12 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
+    if role == "student" and solver != "heun":
+        raise ValueError(f"solver {solver!r} is for a teacher; a student solves no ODE")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2^63 - 1, got {seed}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance_scale must be a finite number, got {guidance}")
     seeds = sample_seeds(num, torch.Generator().manual_seed(seed))
     labels = check_condition(model, cycle_labels(model, num) if labels is None else labels, num)
     if role == "teacher":

@@ -270,7 +270,7 @@ class Trainer:
         self.endpoint: EndpointError | None = None
         self.reference: Reference | None = None
         self.endpoint_history: list[dict[float, float]] = []
-        self.stop_requested = False
+        self.stop_signal: signal.Signals | None = None
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -328,6 +328,8 @@ class Trainer:
                 self.print(f"{self.output_dir} held an earlier run; what this run would overwrite is now in {moved}")
         self.accelerator.wait_for_everyone()
         if path is None:
+            if asked is not None:
+                self.print(f"no checkpoint in {self.output_dir} yet: training starts at step 0")
             return
         state = ckpt.load_checkpoint(path, self.modules(), self.optimizer)
         self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
@@ -378,7 +380,7 @@ class Trainer:
 
     def loop(self, batches, log: "MetricsLog") -> None:
         recipe = self.recipe
-        previous = signal.signal(signal.SIGTERM, self.request_stop)
+        previous = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         bar = tqdm(
             total=recipe.max_train_steps, initial=self.step, desc=recipe.objective, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1.0,
@@ -395,11 +397,12 @@ class Trainer:
                     self.validate(log)
                 if self.step % recipe.checkpointing_steps == 0 or self.step == recipe.max_train_steps:
                     self.save()
-                if self.stop_requested:
+                if self.stop_signal is not None:
                     self.stop()
         finally:
             bar.close()
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def train_step(self, batches, window: "Window") -> None:
         """One optimizer step over the accumulated batches; a non-finite one is skipped and counted."""
@@ -427,6 +430,8 @@ class Trainer:
         self.count_nonfinite(finite)
         if finite:
             self.optimizer.step()
+            if hasattr(self.network.native, "normalize_weights"):
+                self.network.native.normalize_weights()
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
@@ -453,13 +458,16 @@ class Trainer:
                 f"stopped. Last checkpoint: {last}. Try a lower learning rate or a longer tangent warm-up."
             )
 
-    def request_stop(self, *_) -> None:
-        self.stop_requested = True
+    def request_stop(self, number: int, _frame) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # who presses Ctrl-C twice does not want to wait for the checkpoint
+        self.stop_signal = signal.Signals(number)
 
     def stop(self) -> None:
         path = self.save()
-        self.print(f"stopped by SIGTERM at step {self.step}; continue with resume_from_checkpoint=latest ({path})")
-        raise SystemExit(0)
+        name = self.stop_signal.name
+        self.print(f"stopped by {name} at step {self.step}; continue with resume_from_checkpoint=latest ({path})")
+        raise KeyboardInterrupt if self.stop_signal == signal.SIGINT else SystemExit(0)
 
     # ---- logs and validation -------------------------------------------------------------------------------------
 

@@ -64,7 +64,8 @@ def plot_curves(log: Path, path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(14, 6))
     for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=False):
         points = [(line["step"], line[key]) for line in lines if key in line]
-        axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1)
+        few = "o" if len(points) < 3 else None  # a line through one point is invisible
+        axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, marker=few)
         axis.set(title=title, xlabel="step")
     plot_endpoint_error(axes[1, 2], lines)
     figure.tight_layout()

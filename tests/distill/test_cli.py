@@ -89,6 +89,9 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--columns", "0", "--out", "x.png"], "--columns must be at least 1"),
         (["sample", "mnist-edm", "--batch-size", "0", "--out", "x.png"], "batch_size must be at least 1"),
         (["sample", "mnist-edm", "--num", "0", "--out", "x.png"], "at least 1"),
+        (["sample", "mnist-edm", "--guidance-scale", "nan", "--out", "x.png"], "must be a finite number, got nan"),
+        (["sample", "mnist-edm", "--seed", str(2**70), "--out", "x.png"], "seed must be from 0"),
+        (["sample", "mnist-edm-scm", "--solver", "dpmpp_2m", "--out", "x.png"], "a student solves no ODE"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
     ],
 )
@@ -112,6 +115,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (["mnist.yaml", "teacher=mnist-edm-scm"], "'mnist-edm-scm' is a student"),
         (["teachers/mnist-edm.yaml", "network=null", "teacher=mnist-edm", "stable_targets=false",
           "velocity_teacher=mnist-edm-scm", "--check"], "name its teacher instead"),
+        (["mnist.yaml", "output_dir=LICENSE/run", "--check"], "LICENSE is a file"),
         (["mnist.yaml", "resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint"),
     ],
 )

@@ -25,6 +25,8 @@ def test_recipes_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe_path("recipes/mnist.yaml").is_file() and recipe_path("teachers/mnist-edm.yaml").is_file()
     with pytest.raises(FileNotFoundError, match="recipes that ship: .*mnist.yaml"):
+        recipe_path("recipes/nothing-like-it")
+    with pytest.raises(FileNotFoundError, match="did you mean mnist.yaml?"):
         recipe_path("recipes/minst.yaml")
 
 
@@ -36,6 +38,19 @@ def test_a_recipe_inherits_from_its_base(tmp_path):
     (tmp_path / "child.yaml").write_text("base: base.yaml\nmax_train_steps: 7\noptimizer: {learning_rate: 2e-4}\n")
     recipe = load_recipe(tmp_path / "child.yaml")
     assert (recipe.max_train_steps, recipe.optimizer.name, recipe.optimizer.learning_rate) == (7, "adam", 2e-4)
+
+
+def test_a_recipe_cannot_be_its_own_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ValueError, match="a.yaml is, through base, its own base recipe"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "grid.yaml").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="grid.yaml is not valid YAML"):
+        load_recipe(tmp_path / "grid.yaml")
 
 
 def test_overrides_reach_inside_sections():
@@ -55,6 +70,10 @@ def test_an_unquoted_no_is_the_word():
     [
         ({"max_train_step": 5}, "unknown key max_train_step; did you mean max_train_steps?"),
         ({"optimizer": {"learningrate": 1}}, "unknown key optimizer.learningrate; did you mean optimizer.learning_rate?"),
+        ({"learning_rate": 1e-4}, "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+        ({"segments": 3}, "segments must be a mapping or null, got 3"),
+        ({"ema": 3}, "ema must be a list of a mapping, got 3"),
+        ({"segments": {"below": 9.0}, "target_half_life_images": 9.0}, "below must be from 0 to pi/2 radians, got 9.0"),
         ({"max_train_steps": "many"}, "max_train_steps must be int, got 'many'"),
         ({"max_train_steps": 1.5}, "max_train_steps must be int"),
         ({"adaptive_weighting": 1}, "adaptive_weighting must be bool"),

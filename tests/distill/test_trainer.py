@@ -75,7 +75,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, changes):
 
     def step_then_stop(*args):
         original(*args)
-        first.stop_requested = first.step == 3
+        first.stop_signal = signal.SIGTERM if first.step == 3 else None
 
     first.train_step = step_then_stop
     with pytest.raises(SystemExit) as stop:
@@ -122,7 +122,8 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_cleanly(world):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_exits_cleanly(world, number, status):
     folder, values = world
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps(to_dict(parse_recipe({**values, "max_train_steps": 100_000}, "test"))))
@@ -134,9 +135,10 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(world):
     while not ckpt.checkpoints(folder / "run"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate()
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
+    assert f"stopped by {number.name} at step" in output
     assert "continue with resume_from_checkpoint=latest" in output and "Traceback" not in output
     assert not list((folder / "run").glob(".checkpoint*"))
 
@@ -389,6 +391,20 @@ def test_a_teacher_is_trained_further(world):
     moved = [(after[k] - before[k]).abs().max().item() for k in before if before[k].is_floating_point()]
     assert 0 < max(moved) < 5e-3  # one step of 1e-3 from the teacher's weights
     assert trained_model(trainer).role == "teacher"
+
+
+def test_training_keeps_the_magnitude_of_edm2_weights(world):
+    _, values = world
+    config = dict(img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+                  attn_resolutions=[4], channels_per_head=16, label_dropout=0.1)  # fmt: skip
+    network = {"name": "EDM2UNet", "config": config, "parameterization": "EDM", "label_format": "one_hot"}
+    changes = {"objective": "diffusion", "teacher": None, "network": network, "label_dropout": 0.1}
+    native = run({**values, **changes, "optimizer": {"learning_rate": 0.1, "name": "adam"}}).network.native
+    for name, p in native.named_parameters():
+        if p.ndim > 1:
+            rms = p.square().mean(list(range(1, p.ndim))).sqrt()
+            torch.testing.assert_close(rms, torch.ones_like(rms), rtol=2e-3, atol=2e-3, msg=name)
+    assert native.out_gain != 0  # it was trained
 
 
 def test_stable_targets_train_a_teacher(world):
