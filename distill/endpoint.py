@@ -43,6 +43,8 @@ class EndpointError:
 
 
 def rising_at_small_t(history: list[dict[float, float]]) -> bool:
-    """Whether the error at the smallest time is a fifth, and visibly, above its best: the first sign of divergence."""
+    """Whether the error at the smallest time is a fifth, and at least 1e-4 ``sigma_data``, above its best: the first sign of
+    divergence.
+    """
     errors = [errors[TIMES[0]] for errors in history]
     return len(errors) > 1 and errors[-1] > max(1.2 * min(errors), min(errors) + 1e-4)

@@ -1,8 +1,8 @@
 """Reading a pickle as data: nothing that the file names is imported or called.
 
-A pickle is a program for a small stack machine. :func:`read` runs the instructions that only build data, and wherever the
-program would import or call something it writes down a :class:`Record` of what was asked for. Whoever reads the result
-decides what a record means. Globals outside the caller's list, and every other instruction, are refused.
+A pickle is a program for a small stack machine. :func:`read` runs the instructions of protocol 4 that only build data,
+and wherever the program would import or call something it writes down a :class:`Record` of what was asked for. Whoever
+reads the result decides what a record means. Globals outside the caller's list, and every other instruction, are refused.
 """
 
 import pickletools
@@ -14,10 +14,10 @@ from typing import Any
 # Instructions that put their argument, or this constant, on the stack.
 PUSH_ARGUMENT = {
     "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINSTRING", "BINSTRING", "INT", "FLOAT", "UNICODE",
+    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
 }  # fmt: skip
 PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-PUSH_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}
+PUSH_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list}  # a set's elements are not hashed either
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 IGNORED = {"PROTO", "FRAME"}
 # What a key of a dictionary may be. Hashing nested tuples takes exponential time.
@@ -85,8 +85,8 @@ class Reader:
             stack.append(tuple(reversed([self.pop() for _ in range(TUPLES[name])])))
         elif name == "TUPLE":
             stack.append(tuple(self.pop_to_mark()))
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            stack.append(self.find(argument))
+        elif name == "STACK_GLOBAL":
+            stack.append(self.find())
         elif name in ("REDUCE", "NEWOBJ"):
             self.make()
         elif name == "BUILD":
@@ -100,8 +100,6 @@ class Reader:
             (target if isinstance(target, list) else self.record(target).elements).extend(values)
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(self.memo[argument])
         else:
@@ -124,12 +122,9 @@ class Reader:
             raise TypeError(f"{type(value).__name__} cannot be filled")
         return value
 
-    def find(self, argument: str | None) -> Record:
-        """The bare global that GLOBAL (``argument`` is "module name") or STACK_GLOBAL (both on the stack) names."""
-        if argument is None:
-            name, module = self.pop(), self.pop()
-        else:
-            module, name = argument.split(" ", 1)
+    def find(self) -> Record:
+        """The bare global whose module and name are on the stack."""
+        name, module = self.pop(), self.pop()
         full = f"{module}.{name}"
         if full not in self.allowed:
             raise self.refuse(f"asks for the global {full}, which is not one that model files of this kind need")

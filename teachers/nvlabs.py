@@ -26,6 +26,7 @@ GLOBALS = {
     "torch.nn.modules.container.ModuleDict", "numpy.dtype", "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }  # fmt: skip
+MAX_DEPTH = 20  # of modules inside modules; real networks have 4
 # Constructor of each preconditioning, in its order (``None``: no default); the network's own arguments follow by name.
 PRECONDITIONING = {
     "EDMPrecond": {
@@ -100,9 +101,11 @@ def persistent_object(value: Any, path) -> tuple[str, dict]:
 
 def constructor_arguments(name: str, state: dict, path) -> dict:
     """The call that made the preconditioned network, with its defaults filled in."""
-    positional = dict(zip(PRECONDITIONING[name], state.get("_init_args", ()), strict=False))
-    arguments = {**PRECONDITIONING[name], **positional, **as_dict(state.get("_init_kwargs"))}
-    missing = [key for key, value in arguments.items() if value is None]
+    defaults, positional = PRECONDITIONING[name], state.get("_init_args", ())
+    if not isinstance(positional, tuple | list) or len(positional) > len(defaults):
+        raise ValueError(f"{path}: the positional arguments of its {name} are not those that the class takes")
+    arguments = {**defaults, **dict(zip(defaults, positional, strict=False)), **as_dict(state.get("_init_kwargs"))}
+    missing = [key for key in defaults if arguments[key] is None]
     if missing:
         raise ValueError(f"{path}: its network was made without {', '.join(missing)}")
     return arguments
@@ -118,8 +121,9 @@ def network_config(name: str, arguments: dict) -> dict:
 
 def collect_tensors(module: Any, prefix: str, tensors: dict, seen: set, path) -> None:
     """The state dict of a pickled module, into ``tensors``."""
-    if not isinstance(module, Record) or id(module) in seen:
-        raise ValueError(f"{path}: {prefix or 'the network'} is not a module, or one that is there twice")
+    if not isinstance(module, Record) or id(module) in seen or prefix.count(".") > MAX_DEPTH:
+        name = prefix[:80] or "the network"
+        raise ValueError(f"{path}: {name} is not a module, is there twice, or lies more than {MAX_DEPTH} modules deep")
     seen.add(id(module))
     state = persistent_object(module, path)[1] if module.name == PERSISTENT else as_dict(module.state)
     for key, value in {**as_dict(state.get("_parameters")), **as_dict(state.get("_buffers"))}.items():
@@ -144,6 +148,6 @@ def rebuild_tensor(value: Any, where: str) -> Tensor:
                 if math.prod(size) > len(flat):
                     raise ValueError(f"its storage has {len(flat)} elements")
                 return flat.as_strided(size, stride, offset).clone()
-            except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, EOFError) as error:
-                raise ValueError(f"{where} is damaged or not a tensor: {str(error).splitlines()[0]}") from None
+            except Exception as error:  # torch.load has no error of its own for damaged bytes
+                raise ValueError(f"{where} is damaged or not a tensor: {' '.join(str(error).split())[:200]}") from None
     raise ValueError(f"{where} is not a tensor")

@@ -21,6 +21,7 @@ def normalize_magnitude(x: Tensor, dim: int | list[int], eps: float = 1e-4) -> T
 
 
 def mp_silu(x: Tensor) -> Tensor:
+    """SiLU at unit variance (equation 81)."""
     return F.silu(x) / 0.596
 
 
@@ -195,7 +196,7 @@ class EDM2UNet(nn.Module):
         self.out_conv = MPConv(cout, img_channels, kernel=3)
 
     def normalize_weights(self) -> None:
-        """Bring every weight back to unit magnitude, after an optimizer step (section 2.4 of the paper)."""
+        """Bring every weight back to unit magnitude, after an optimizer step (forced weight normalisation, equation 66)."""
         for module in self.modules():
             if isinstance(module, MPConv):
                 module.normalize_weight()

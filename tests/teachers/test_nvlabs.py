@@ -77,7 +77,7 @@ def pickled_module(module: nn.Module, **extra):
     return Persistent(type(module).__name__, **state, **extra)
 
 
-def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", **changes):
+def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", _init_args=(), **changes):
     """A network and its snapshot as ``edm/training/training_loop.py`` writes it."""
     torch.manual_seed(0)
     own = {key: value for key, value in kind.items() if key != "model_type"}
@@ -85,7 +85,7 @@ def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", **changes):
     network = build(kind["model_type"], config)
     arguments = EasyDict(img_resolution=8, img_channels=3, label_dim=4, use_fp16=False, **kind, **OPTIONS)
     ema = Persistent(
-        class_name, _init_args=(), _init_kwargs=EasyDict({**arguments, **changes}), _parameters=OrderedDict(),
+        class_name, _init_args=_init_args, _init_kwargs=EasyDict({**arguments, **changes}), _parameters=OrderedDict(),
         _buffers=OrderedDict(), _modules=OrderedDict(model=pickled_module(network)), sigma_data=0.5,
     )  # fmt: skip
     return network, dict(ema=ema, loss_fn=None, augment_pipe=Persistent("AugmentPipe", p=0.12), dataset_kwargs=EasyDict())
@@ -111,7 +111,7 @@ def test_an_edm2_pickle_becomes_a_teacher(nvlabs_modules, tmp_path):
     """In half precision, with the loss weighting of its training, as edm2/training/training_loop.py writes it."""
     torch.manual_seed(0)
     network = build("EDM2UNet", dict(img_resolution=8, img_channels=4, label_dim=5, **EDM2)).half()
-    arguments = nvlabs_modules(img_resolution=8, img_channels=4, label_dim=5, use_fp16=True, sigma_data=0.5, **EDM2)
+    arguments = nvlabs_modules(img_resolution=8, img_channels=4, label_dim=5, use_fp16=True, channel_mult_noise=None, **EDM2)
     logvar = Persistent("MPConv", _parameters=OrderedDict(weight=nn.Parameter(torch.ones(1, 128))), _buffers={}, _modules={})
     ema = Persistent(
         "Precond", _init_args=(), _init_kwargs=arguments, _parameters=OrderedDict(), _buffers=OrderedDict(),
@@ -147,6 +147,8 @@ def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys
         ({"num_blocks": 2}, "does not fit SongUNet: tensors"),
         ({"img_channels": None}, "was made without img_channels"),
         ({"label_dim": "four"}, "num_classes must be a number of classes"),
+        ({"_init_args": 3}, "positional arguments of its EDMPrecond"),
+        ({"_init_args": (8,) * 9}, "positional arguments of its EDMPrecond"),
         ({"colour": "red"}, "no argument 'colour'"),
     ],
 )
@@ -218,6 +220,16 @@ def test_a_hostile_pickle_does_nothing(nvlabs_modules, tmp_path, capsys, make, m
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+
+
+def test_modules_without_end_are_refused(nvlabs_modules, tmp_path):
+    value = snapshot(nvlabs_modules)[1]
+    deep = Persistent("Linear")
+    for _ in range(60):
+        deep = Persistent("Sequential", _modules={"0": deep})
+    value["ema"].state["_modules"]["model"] = deep
+    with pytest.raises(ValueError, match="more than 20 modules deep"):
+        teachers.load(write(tmp_path, value))
 
 
 def test_nested_tuples_cost_no_time(tmp_path):
