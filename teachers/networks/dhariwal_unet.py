@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from teachers.networks.layers import PositionalEmbedding
 from teachers.networks.song_unet import Conv2d, Linear, UNetBlock, group_norm, unrounded
+from teachers.networks.unet_plan import unet_plan
 
 
 class DhariwalUNet(nn.Module):
@@ -54,34 +55,22 @@ class DhariwalUNet(nn.Module):
                 label_dim, emb_channels, bias=False, init="kaiming_normal", init_scale=math.sqrt(label_dim)
             )
 
-        self.enc = nn.ModuleDict()
-        cout, skips = in_channels, []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
-            skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
-        self.out_norm = group_norm(cout, eps=1e-5)
-        self.out_conv = Conv2d(cout, out_channels, kernel=3, init_scale=0.0)
+        widths = [model_channels * mult for mult in channel_mult]
+        encoder, decoder = unet_plan(img_resolution, in_channels, widths[0], widths, num_blocks)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        for place in encoder:
+            if place.kind == "conv":
+                self.enc[place.name] = Conv2d(place.cin, place.cout, kernel=3)
+                continue
+            attention = place.kind == "block" and place.resolution in attn_resolutions
+            down = place.kind == "down"
+            self.enc[place.name] = UNetBlock(place.cin, place.cout, down=down, attention=attention, **block)
+        for place in decoder:
+            attention = place.kind == "in0" or (place.kind == "block" and place.resolution in attn_resolutions)
+            up = place.kind == "up"
+            self.dec[place.name] = UNetBlock(place.cin, place.cout, up=up, attention=attention, **block)
+        self.out_norm = group_norm(widths[0], eps=1e-5)
+        self.out_conv = Conv2d(widths[0], out_channels, kernel=3, init_scale=0.0)
 
     def embed(self, noise_labels, class_labels, guidance) -> Tensor:
         emb = self.map_noise(noise_labels)

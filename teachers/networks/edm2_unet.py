@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.networks.layers import PositionalEmbedding, TimeEmbedding, attend, conv2d
+from teachers.networks.unet_plan import unet_plan
 
 
 def normalize_magnitude(x: Tensor, dim: int | list[int], eps: float = 1e-4) -> Tensor:
@@ -163,37 +164,20 @@ class EDM2UNet(nn.Module):
             self.emb_guidance = nn.Linear(self.map_guidance.dim, emb_channels, bias=False)
             nn.init.zeros_(self.emb_guidance.weight)
 
-        def make(cin, cout, flavor, **options) -> EDM2Block:
-            return EDM2Block(cin, cout, emb_channels, flavor, **block, **options)
-
-        self.enc = nn.ModuleDict()
-        cout, skips = img_channels + 1, []
-        for level, width in enumerate(widths):
-            res = img_resolution >> level
-            if level == 0:
-                cin, cout = cout, width
-                self.enc[f"{res}x{res}_conv"] = MPConv(cin, cout, kernel=3)
-            else:
-                self.enc[f"{res}x{res}_down"] = make(cout, cout, "enc", resample="down")
-            skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, width
-                self.enc[f"{res}x{res}_block{i}"] = make(cin, cout, "enc", attention=res in attn_resolutions)
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, width in reversed(list(enumerate(widths))):
-            res = img_resolution >> level
-            if level == len(widths) - 1:
-                self.dec[f"{res}x{res}_in0"] = make(cout, cout, "dec", attention=True)
-                self.dec[f"{res}x{res}_in1"] = make(cout, cout, "dec")
-            else:
-                self.dec[f"{res}x{res}_up"] = make(cout, cout, "dec", resample="up")
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), width
-                self.dec[f"{res}x{res}_block{i}"] = make(cin, cout, "dec", attention=res in attn_resolutions)
+        encoder, decoder = unet_plan(img_resolution, img_channels + 1, widths[0], widths, num_blocks)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        for stack, flavor, places in ((self.enc, "enc", encoder), (self.dec, "dec", decoder)):
+            for place in places:
+                if place.kind == "conv":
+                    stack[place.name] = MPConv(place.cin, place.cout, kernel=3)
+                    continue
+                attention = place.kind == "in0" or (place.kind == "block" and place.resolution in attn_resolutions)
+                resample = place.kind if place.kind in ("down", "up") else None
+                stack[place.name] = EDM2Block(
+                    place.cin, place.cout, emb_channels, flavor, **block, resample=resample, attention=attention
+                )
         self.out_gain = nn.Parameter(torch.zeros([]))
-        self.out_conv = MPConv(cout, img_channels, kernel=3)
+        self.out_conv = MPConv(widths[0], img_channels, kernel=3)
 
     def normalize_weights(self) -> None:
         """Bring every weight back to unit magnitude, after an optimizer step (forced weight normalisation, equation 66)."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teachers.networks.layers import FourierEmbedding, GroupNorm, PositionalEmbedding, TimeLinear, attend, conv2d
+from teachers.networks.unet_plan import unet_plan
 
 # A residual sum of two unit-variance branches keeps unit variance (EDM, appendix F).
 SKIP_SCALE = math.sqrt(0.5)
@@ -208,43 +209,29 @@ class SongUNet(nn.Module):
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
-        self.enc = nn.ModuleDict()
-        cout, aux_channels = in_channels, in_channels
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                cin, cout = cout, model_channels
-                self.enc[f"{res}x{res}_conv"] = Conv2d(cin, cout, kernel=3)
-            else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(cout, cout, down=True, **block)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        aux_channels, cout, kernel=3, down=True, resample_filter=resample_filter, fused=True
-                    )
-                    aux_channels = cout
-            skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attention, **block)
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(cout, cout, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(cout, cout, **block)
-            else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(cout, cout, up=True, **block)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=attention, **block)
-            if level == 0:
-                self.dec[f"{res}x{res}_aux_norm"] = group_norm(cout)
-                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, kernel=3, init_scale=1e-5)
+        widths = [model_channels * mult for mult in channel_mult]
+        encoder, decoder = unet_plan(img_resolution, in_channels, model_channels, widths, num_blocks)
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        aux_channels = in_channels
+        for place in encoder:
+            if place.kind == "conv":
+                self.enc[place.name] = Conv2d(place.cin, place.cout, kernel=3)
+                continue
+            attention = place.kind == "block" and place.resolution in attn_resolutions
+            down = place.kind == "down"
+            self.enc[place.name] = UNetBlock(place.cin, place.cout, down=down, attention=attention, **block)
+            if down and encoder_type == "residual":
+                self.enc[place.name.replace("down", "aux_residual")] = Conv2d(
+                    aux_channels, place.cout, kernel=3, down=True, resample_filter=resample_filter, fused=True
+                )
+                aux_channels = place.cout
+        for place in decoder:
+            attention = place.kind == "in0" or (place.last and place.resolution in attn_resolutions)
+            up = place.kind == "up"
+            self.dec[place.name] = UNetBlock(place.cin, place.cout, up=up, attention=attention, **block)
+        end = f"{img_resolution}x{img_resolution}_aux"
+        self.dec[f"{end}_norm"] = group_norm(widths[0])
+        self.dec[f"{end}_conv"] = Conv2d(widths[0], out_channels, kernel=3, init_scale=1e-5)
 
     def embed(self, noise_labels, class_labels, guidance) -> Tensor:
         emb = self.map_noise(noise_labels)
