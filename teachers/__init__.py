@@ -2,6 +2,7 @@
 
 from teachers.base import Teacher, wrap
 from teachers.parameterization import (
+    DIT,
     EDM,
     EDM_DENOISER,
     PRESETS,
@@ -16,6 +17,6 @@ from teachers.parameterization import (
 from teachers.pretrained import bundled, inspect, load, load_config, save_pretrained
 
 __all__ = [
-    "EDM", "EDM_DENOISER", "PRESETS", "RECTIFIED_FLOW", "SIT", "TRIGFLOW", "VP_EPS", "VP_V", "VP_X0",
+    "DIT", "EDM", "EDM_DENOISER", "PRESETS", "RECTIFIED_FLOW", "SIT", "TRIGFLOW", "VP_EPS", "VP_V", "VP_X0",
     "Parameterization", "Teacher", "bundled", "inspect", "load", "load_config", "save_pretrained", "wrap",
 ]  # fmt: skip

@@ -44,8 +44,9 @@ class Parameterization:
             whole denoiser ``D(y, sigma)``); ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``;
             ``flow``: ``"velocity"`` (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
         time: the time signal. ``edm``: ``"log_sigma/4"`` or ``"sigma"``; ``vp``: ``"log_snr"``
-            (``log(alpha^2 / sigma^2)``) or ``"t"`` (the angle ``arctan(sigma / alpha)``); ``flow``: ``"s"`` (1 is
-            noise) or ``"1-s"`` (1 is data); ``trigflow``: ``"t"``.
+            (``log(alpha^2 / sigma^2)``), ``"t"`` (the angle ``arctan(sigma / alpha)``) or ``"ddpm_linear"`` (DDPM's step,
+            0 to 999, of the linear schedule of betas from 1e-4 to 0.02); ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1
+            is data); ``trigflow``: ``"t"``.
         time_scale: factor on the time signal (1000 for SD3, Flux, Wan).
         teacher_sigma_data: ``sigma_data`` inside EDM's preconditioning; ``None`` means the student's. Only for
             ``edm`` with ``"raw"``.
@@ -150,6 +151,30 @@ def _log_sigma(t: Tensor, sd: float) -> Tensor:
     return t.sin().log() - t.cos().log() + math.log(sd)
 
 
+def _log_snr(t: Tensor, sd: float) -> Tensor:
+    return -2 * _log_sigma(t, sd)
+
+
+def ddpm_log_snr(num_steps: int = 1000) -> Tensor:
+    """The log-SNRs ``(num_steps,)`` of DDPM's steps under its linear schedule (arXiv 2006.11239), falling, fp64."""
+    betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64, device="cpu")
+    kept = torch.cumprod(1 - betas, 0)  # alpha^2 after each step
+    return kept.log() - (1 - kept).log()
+
+
+DDPM_LOG_SNR = ddpm_log_snr()
+
+
+def _ddpm_step(t: Tensor, sd: float) -> Tensor:
+    """The step as a real number: linear in log-SNR between the steps, and never outside of what was trained."""
+    knots, log_snr = DDPM_LOG_SNR.to(t), _log_snr(t, sd)
+    last = len(knots) - 1
+    right = torch.searchsorted(-knots, -log_snr.detach()).clamp(1, last)
+    left = right - 1
+    step = left + (knots[left] - log_snr) / (knots[left] - knots[right])
+    return step.clamp(0, last)
+
+
 def _flow_s(t: Tensor, sd: float) -> Tensor:
     return sd * t.sin() / (t.cos() + sd * t.sin())
 
@@ -157,13 +182,16 @@ def _flow_s(t: Tensor, sd: float) -> Tensor:
 # family -> time signal -> (t, sigma_data) -> the network's time before time_scale
 TIMES: dict[str, dict[str, Callable]] = {
     "edm": {"log_sigma/4": lambda t, sd: _log_sigma(t, sd) / 4, "sigma": lambda t, sd: _log_sigma(t, sd).exp()},
-    "vp": {"log_snr": lambda t, sd: -2 * _log_sigma(t, sd), "t": lambda t, sd: torch.atan2(sd * t.sin(), t.cos())},
+    "vp": {
+        "log_snr": _log_snr, "t": lambda t, sd: torch.atan2(sd * t.sin(), t.cos()), "ddpm_linear": _ddpm_step,
+    },  # fmt: skip
     "flow": {"s": _flow_s, "1-s": lambda t, sd: 1 - _flow_s(t, sd)},
     "trigflow": {"t": lambda t, sd: t},
 }
 
 EDM = Parameterization("edm", "raw", "log_sigma/4")
 EDM_DENOISER = Parameterization("edm", "x0", "sigma")
+DIT = Parameterization("vp", "eps", "ddpm_linear")
 RECTIFIED_FLOW = Parameterization("flow", "velocity", "s")
 SIT = Parameterization("flow", "-velocity", "1-s")
 TRIGFLOW = Parameterization("trigflow", "F", "t")
@@ -173,6 +201,6 @@ VP_X0 = Parameterization("vp", "x0", "log_snr")
 
 # What recipes may name.
 PRESETS = {
-    "EDM": EDM, "EDM_DENOISER": EDM_DENOISER, "RECTIFIED_FLOW": RECTIFIED_FLOW, "SIT": SIT, "TRIGFLOW": TRIGFLOW,
-    "VP_EPS": VP_EPS, "VP_V": VP_V, "VP_X0": VP_X0,
+    "DIT": DIT, "EDM": EDM, "EDM_DENOISER": EDM_DENOISER, "RECTIFIED_FLOW": RECTIFIED_FLOW, "SIT": SIT,
+    "TRIGFLOW": TRIGFLOW, "VP_EPS": VP_EPS, "VP_V": VP_V, "VP_X0": VP_X0,
 }  # fmt: skip

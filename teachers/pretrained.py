@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from teachers.base import LABEL_FORMATS, Teacher
+from teachers.checkpoints import is_checkpoint, read_checkpoint
 from teachers.networks import build, is_registered
 from teachers.networks.layers import TimeEmbedding
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
@@ -21,7 +22,11 @@ ZOO = Path(__file__).parent / "zoo"
 FORMAT, VERSION = "scm-distill", 1
 WEIGHTS = "model.safetensors"
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-NVLABS_PICKLE = "NVlabs pickle"
+# Single files that are models, by content: kind -> (is this one, its config and tensors).
+FILE_READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, dict[str, Tensor]]]]] = {
+    "NVlabs pickle": (is_nvlabs_pickle, read_nvlabs),
+    "checkpoint": (is_checkpoint, read_checkpoint),
+}
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
 
@@ -32,7 +37,7 @@ def bundled() -> list[str]:
 
 def resolve(source: str | Path) -> Path:
     """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline; or
-    the file itself, for an NVlabs pickle.
+    the file itself, for an NVlabs pickle or a released checkpoint.
 
     A bundled name wins over a folder of the same name; write ``./name`` for the folder.
 
@@ -52,30 +57,30 @@ def locate(source: str | Path) -> tuple[str, Path]:
         near = difflib.get_close_matches(str(source).lower(), bundled(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(bundled())}"
         raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
-    if is_nvlabs_pickle(path):
-        return NVLABS_PICKLE, path
-    if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json"):
+    if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json") and (path.parent / "config.json").is_file():
         path = path.parent
+    for kind, (matches, _) in FILE_READERS.items():
+        if matches(path):
+            return kind, path
     kinds = {"model folder": path, "run folder": path / "student", "exported pipeline": path / "network"}
     for kind, folder in kinds.items():
         if (folder / "config.json").is_file():
             return kind, folder
     raise ValueError(
-        f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline or an "
-        "NVlabs pickle"
+        f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, an "
+        "NVlabs pickle or a checkpoint by torch.save or as safetensors"
     )
 
 
 def load_config(source: str | Path) -> dict:
-    """The checked ``config.json`` of a model, or what an NVlabs pickle says in its place; see :func:`save_pretrained` for
-    its keys.
+    """The checked ``config.json`` of a model, or what a single file says in its place; :func:`save_pretrained` has its keys.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`resolve`, and for a config that is malformed or of another format.
     """
     kind, path = locate(source)
-    if kind == NVLABS_PICKLE:
-        return read_pickle(path)[0]
+    if kind in FILE_READERS:
+        return read_file(kind, path)[0]
     path = path / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -88,9 +93,9 @@ def load_config(source: str | Path) -> dict:
     return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
 
 
-def read_pickle(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Checked config and tensors of an NVlabs pickle."""
-    config, tensors = read_nvlabs(path)
+def read_file(kind: str, path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Checked config and tensors of a single file."""
+    config, tensors = FILE_READERS[kind][1](path)
     check_config(config, path)
     return {"format": FORMAT, "version": VERSION, **config}, tensors
 
@@ -125,8 +130,8 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """A pretrained teacher or student as a TrigFlow network in fp32, in eval mode; trainable as it was built.
 
     Args:
-        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, an NVlabs pickle, or a
-            ``Teacher``, which is returned as it is.
+        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, an NVlabs pickle, a
+            released checkpoint (:mod:`teachers.checkpoints`), or a ``Teacher``, which is returned as it is.
 
     Raises:
         FileNotFoundError: nothing by that name.
@@ -154,8 +159,8 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     """Config and tensors of the native network, and the file that holds the tensors."""
     kind, path = locate(source)
-    if kind == NVLABS_PICKLE:
-        return *read_pickle(path), str(path)
+    if kind in FILE_READERS:
+        return *read_file(kind, path), str(path)
     config = load_config(source)
     weights = path / (PIPELINE_WEIGHTS if (path / PIPELINE_WEIGHTS).is_file() else WEIGHTS)
     if not weights.is_file():
@@ -259,7 +264,7 @@ def write_atomically(path: Path, write) -> None:
 def inspect(source: str | Path) -> dict:
     """What ``distill teachers inspect`` prints: plain facts about a model."""
     model, config, (kind, path) = load(source), load_config(source), locate(source)
-    files = [path] if kind == NVLABS_PICKLE else path.glob("*.safetensors")
+    files = [path] if kind in FILE_READERS else path.glob("*.safetensors")
     return {
         "source": str(source),
         "kind": kind,

@@ -1,8 +1,8 @@
-"""A diffusion transformer in the manner of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
+"""A diffusion transformer in the manner of DiT (arXiv 2212.09748), SiT (arXiv 2401.08740) and REPA (arXiv 2410.06940).
 
-Tensor names and constructor defaults are those of the released SiT checkpoints (``x_embedder.proj``,
-``t_embedder.mlp``, ``y_embedder.embedding_table``, ``blocks.N.{attn,mlp,adaLN_modulation}``, ``final_layer``), so
-their state dicts load unchanged. The code is our own.
+Tensor names and constructor defaults are those of the released checkpoints (``x_embedder.proj``, ``t_embedder.mlp``,
+``y_embedder.embedding_table``, ``blocks.N.{attn,mlp,adaLN_modulation}``, ``final_layer``), which DiT and SiT share, so
+their state dicts load unchanged (REPA's without its ``projectors``). The code is our own.
 """
 
 import torch
@@ -57,18 +57,23 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+    """Self-attention with normalised queries and keys if ``qk_norm``, turned by ``rope`` if one is given."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, norm: type[nn.Module] = RMSNorm):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3)
-        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.q_norm = norm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = norm(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: nn.Module | None = None) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(out.transpose(1, 2).reshape(b, n, c))
 
 
@@ -136,23 +141,16 @@ def sincos_position_embedding(dim: int, size: int) -> Tensor:
     return table.reshape(size * size, dim).float()
 
 
-class SiT(nn.Module):
-    """Diffusion transformer: ``forward(x, t, y=None, guidance=None) -> (B, in_channels, H, W)``.
+class DiffusionTransformer(nn.Module):
+    """What the diffusion transformers share: embeddings, position table and patches around their ``blocks``.
 
-    Args:
-        input_size: height and width of the input, a multiple of ``patch_size``.
-        num_classes: number of classes, 0 for an unconditional network; labels are integers, ``num_classes`` is null
-            (its row exists if ``class_dropout_prob`` is positive).
-        learn_sigma: the head has twice the channels and the second half is dropped, as in released SiT.
-        qk_norm: RMS normalisation of queries and keys (arXiv 2302.05442).
-        double_norm: adaptive double normalisation instead of AdaLN (arXiv 2410.11081, section 4.1).
-        guidance_embedding: adds an input ``guidance`` ``(B,)``, embedded like the time and zero-initialised.
+    ``forward(x, t, y=None, guidance=None) -> (B, in_channels, H, W)``. A subclass adds ``blocks`` and ``final_layer``,
+    then calls ``initialize_weights``.
     """
 
     def __init__(
-        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
-        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, qk_norm=False, double_norm=False,
-        guidance_embedding=False,
+        self, input_size: int, patch_size: int, in_channels: int, hidden_size: int, num_heads: int,
+        class_dropout_prob: float, num_classes: int, learn_sigma: bool, guidance_embedding: bool,
     ):  # fmt: skip
         super().__init__()
         if input_size % patch_size:
@@ -170,11 +168,6 @@ class SiT(nn.Module):
         self.g_embedder = TimestepEmbedder(hidden_size) if guidance_embedding else None
         table = sincos_position_embedding(hidden_size, self.grid)[None]
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            [Block(hidden_size, num_heads, mlp_ratio, qk_norm, double_norm) for _ in range(depth)]
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, double_norm)
-        self.initialize_weights()
 
     def initialize_weights(self) -> None:
         for module in self.modules():
@@ -213,12 +206,46 @@ class SiT(nn.Module):
             raise ValueError(f"height and width must be {self.grid * self.patch_size}, got {tuple(x.shape[-2:])}")
         x = self.x_embedder(x) + self.pos_embed
         c = c.to(x.dtype)
+        x = self.run_blocks(x, c)
+        return self.unpatchify(self.final_layer(x, c))[:, : self.in_channels]
+
+    def run_blocks(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens ``(B, N, hidden_size)`` through all blocks, under the condition ``c`` ``(B, hidden_size)``."""
         for block in self.blocks:
             x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))[:, : self.in_channels]
+        return x
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """``(B, tokens, patch_size^2 C)`` to ``(B, C, H, W)``; the channel varies fastest within a token."""
         b, g, p = len(x), self.grid, self.patch_size
         x = x.view(b, g, g, p, p, self.out_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(b, self.out_channels, g * p, g * p)
+
+
+class SiT(DiffusionTransformer):
+    """Diffusion transformer: ``forward(x, t, y=None, guidance=None) -> (B, in_channels, H, W)``.
+
+    Args:
+        input_size: height and width of the input, a multiple of ``patch_size``.
+        num_classes: number of classes, 0 for an unconditional network; labels are integers, ``num_classes`` is null
+            (its row exists if ``class_dropout_prob`` is positive).
+        learn_sigma: the head has twice the channels and the second half is dropped, as in released DiT and SiT.
+        qk_norm: RMS normalisation of queries and keys (arXiv 2302.05442).
+        double_norm: adaptive double normalisation instead of AdaLN (arXiv 2410.11081, section 4.1).
+        guidance_embedding: adds an input ``guidance`` ``(B,)``, embedded like the time and zero-initialised.
+    """
+
+    def __init__(
+        self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0,
+        class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, qk_norm=False, double_norm=False,
+        guidance_embedding=False,
+    ):  # fmt: skip
+        super().__init__(
+            input_size, patch_size, in_channels, hidden_size, num_heads, class_dropout_prob, num_classes, learn_sigma,
+            guidance_embedding,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(
+            [Block(hidden_size, num_heads, mlp_ratio, qk_norm, double_norm) for _ in range(depth)]
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels, double_norm)
+        self.initialize_weights()

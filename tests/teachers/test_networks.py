@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import teachers
 from distill.jvp import check_jvp
-from teachers.networks import DhariwalUNet, EDM2UNet, SiT, SongUNet, build, is_registered
+from teachers.networks import DhariwalUNet, EDM2UNet, LightningDiT, SiT, SongUNet, build, is_registered
 from teachers.networks.layers import GroupNorm
+from teachers.networks.lightning_dit import RotaryEmbedding, SwiGLU
 from teachers.networks.song_unet import Conv2d
 
 UNET = dict(
@@ -57,6 +58,33 @@ def test_edm2_has_the_published_parameter_counts(channels, label_dim, millions):
 def test_sit_xl_has_the_published_parameter_count():
     with torch.device("meta"):
         assert count(SiT()) == 675_129_632
+
+
+def test_lightning_dit_xl_has_the_published_size():
+    with torch.device("meta"):
+        network = LightningDiT(16, 1, 32, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+    assert round(count(network) / 1e6) == 675
+    norms = 57 * 1152  # two in each block and one at the end
+    patches = (32 + 1) * 1152 + (1152 + 1) * 32 + 256 * 1152  # and positions: what differs from SiT without sigma
+    sit_patches = (4 * 4 + 1) * 1152 + (1152 + 1) * 32 + 256 * 1152
+    # Three matrices of two thirds of the width cost as much as two of the whole; a bias is 2 * 3072 in place of 4608.
+    assert count(network) == 675_129_632 + norms + patches - sit_patches + 28 * (2 * 3072 - 4608)
+
+
+def test_tensor_names_of_lightning_dit():
+    with torch.device("meta"):
+        names = LightningDiT(16, 1, 32, use_swiglu=True, use_rope=True, use_rmsnorm=True).state_dict()
+        plain, sit = LightningDiT(32, 2, 4).state_dict(), SiT(learn_sigma=False).state_dict()
+    own = {
+        "blocks.27.norm1.weight": (1152,), "blocks.0.norm2.weight": (1152,), "final_layer.norm_final.weight": (1152,),
+        "blocks.0.mlp.w12.weight": (6144, 1152), "blocks.0.mlp.w12.bias": (6144,), "blocks.0.mlp.w3.weight": (1152, 3072),
+        "blocks.0.mlp.w3.bias": (1152,), "feat_rope.freqs_cos": (256, 72), "feat_rope.freqs_sin": (256, 72),
+        "x_embedder.proj.weight": (1152, 32, 1, 1), "pos_embed": (1, 256, 1152), "final_layer.linear.weight": (32, 1152),
+        "blocks.0.adaLN_modulation.1.weight": (6 * 1152, 1152), "blocks.0.attn.qkv.bias": (3 * 1152,),
+    }  # fmt: skip
+    assert {key: tuple(names[key].shape) for key in own} == own
+    assert not any("q_norm" in key or "fc1" in key for key in names)
+    assert list(plain) == list(sit)  # without its additions it is SiT
 
 
 def test_tensor_names_are_those_of_released_checkpoints():
@@ -353,10 +381,114 @@ def test_sit_patches_come_back_where_they_were():
     torch.testing.assert_close(sit.unpatchify(patches), image)
 
 
+def test_rotary_positions_are_rotations_in_the_complex_plane():
+    """EVA-02's, in which channel pairs of a head's first half turn by the row and of its second half by the column."""
+    grid, head_dim = 3, 16
+    x = torch.randn(2, 2, grid**2, head_dim, dtype=torch.float64)
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    speed = 1 / 10_000 ** (torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    angle = torch.cat([row.flatten()[:, None] * speed, column.flatten()[:, None] * speed], dim=1)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.view_as_real(turned).flatten(-2)
+    torch.testing.assert_close(RotaryEmbedding(head_dim, grid).double()(x), expected, rtol=0, atol=1e-6)
+
+
+def test_attention_between_rotated_tokens_hangs_on_their_distance():
+    rope = RotaryEmbedding(8, 4)
+    q, k = (rope(v.expand(1, 1, 16, 8))[0, 0].unflatten(0, (4, 4)) for v in torch.randn(2, 8))
+    score = lambda i, j, m, n: q[i, j] @ k[m, n]  # noqa: E731
+    torch.testing.assert_close(score(0, 1, 2, 3), score(1, 0, 3, 2))
+    assert (score(0, 1, 2, 3) - score(0, 1, 3, 2)).abs() > 1e-3
+
+
+def lightning_dit_by_hand(p, x, t, y, heads, eps=1e-6):
+    """The paper's network with patches of one pixel, from its tensors ``p`` alone."""
+
+    def linear(name, v):
+        return v @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def rms(name, v):
+        return v / (v.square().mean(-1, keepdim=True) + eps).sqrt() * p[f"{name}.weight"]
+
+    def rotate(v):
+        swapped = torch.stack([-v[..., 1::2], v[..., ::2]], -1).flatten(-2)
+        return v * p["feat_rope.freqs_cos"] + swapped * p["feat_rope.freqs_sin"]
+
+    b, c, size, _ = x.shape
+    tokens = x.flatten(2).mT @ p["x_embedder.proj.weight"].flatten(1).T + p["x_embedder.proj.bias"] + p["pos_embed"]
+    angles = t[:, None] * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    cond = F.silu(time + p["y_embedder.embedding_table.weight"][y])
+    for block in ("blocks.0", "blocks.1"):
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{block}.adaLN_modulation.1", cond)[:, None].chunk(6, -1)
+        qkv = linear(f"{block}.attn.qkv", rms(f"{block}.norm1", tokens) * (1 + scale1) + shift1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        weights = (rotate(q) @ rotate(k).mT / math.sqrt(q.shape[-1])).softmax(-1)
+        tokens = tokens + gate1 * linear(f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        first, second = linear(f"{block}.mlp.w12", rms(f"{block}.norm2", tokens) * (1 + scale2) + shift2).chunk(2, -1)
+        tokens = tokens + gate2 * linear(f"{block}.mlp.w3", first * first.sigmoid() * second)
+    shift, scale = linear("final_layer.adaLN_modulation.1", cond)[:, None].chunk(2, -1)
+    out = linear("final_layer.linear", rms("final_layer.norm_final", tokens) * (1 + scale) + shift)
+    return out.mT.view(b, c, size, size)
+
+
+LIGHTNING = dict(input_size=4, patch_size=1, in_channels=6, hidden_size=32, depth=2, num_heads=2, num_classes=3)
+
+
+def lightning_dit(**changes):
+    torch.manual_seed(0)
+    network = build("LightningDiT", {**LIGHTNING, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True, **changes})
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return network.eval()
+
+
+def test_lightning_dit_computes_what_its_paper_says():
+    network = lightning_dit()
+    x, t, y = torch.randn(3, 6, 4, 4), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([0, 2, 3])
+    with torch.no_grad():
+        expected = lightning_dit_by_hand(network.state_dict(), x, t, y, heads=2)
+        torch.testing.assert_close(network(x, t, y), expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+def test_swiglu():
+    layer, x = SwiGLU(4, 6), torch.randn(2, 4)
+    gate, value = x @ layer.w12.weight[:6].T, x @ layer.w12.weight[6:].T
+    torch.nn.init.zeros_(layer.w12.bias)
+    torch.testing.assert_close(layer(x), layer.w3(gate * gate.sigmoid() * value))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_qknorm": True, "patch_size": 2, "learn_sigma": True},
+        {"use_qknorm": True, "use_rmsnorm": False},
+        {"wo_shift": True, "use_swiglu": False, "use_rope": False},
+    ],
+)
+def test_options_of_lightning_dit_are_differentiable_along_the_ode(changes):
+    teacher = teachers.wrap(lightning_dit(**changes), teachers.SIT, 1.0, (6, 4, 4), 3)
+    check_jvp(teacher)
+    student = teacher.student(guidance_embedding=True)
+    x, t, y, w = torch.randn(2, 6, 4, 4), torch.tensor([0.4, 1.2]), torch.tensor([0, 1]), torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(student(x, t, y, w), teacher(x, t, y))
+    assert not student.native.pos_embed.requires_grad
+
+
+def test_lightning_dit_without_its_additions_is_sit():
+    network = lightning_dit(use_swiglu=False, use_rope=False, use_rmsnorm=False)
+    sit = build("SiT", {**LIGHTNING, "learn_sigma": False})
+    sit.load_state_dict(network.state_dict())
+    x, t, y = torch.randn(2, 6, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([1, 3])
+    torch.testing.assert_close(network(x, t, y), sit(x, t, y))
+
+
 @pytest.mark.parametrize(
     "name, config, message",
     [
-        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, DhariwalUNet, EDM2UNet, SiT"),
+        ("LightningDiT", {**LIGHTNING, "use_rope": True, "num_heads": 16}, "a multiple of 4 channels per head, got 2"),
+        ("UNet", {}, "network is 'UNet'; allowed: SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT"),
         ("SiT", {"hiden_size": 8}, "SiT has no argument 'hiden_size'"),
         ("SiT", [1], "SiT needs a mapping of constructor arguments"),
         ("SongUNet", {}, "SongUNet cannot be built from its config: .* missing 3 required"),

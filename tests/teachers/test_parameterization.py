@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions, nn
@@ -35,7 +36,9 @@ class Native(nn.Module):
         return (denoised - own**2 / norm**2 * y) * norm / (s * own)
 
     def vp(self, x, time):
-        if self.p.time == "log_snr":  # alpha^2 / sigma^2 = e^time
+        if self.p.time == "ddpm_linear":
+            time = torch.from_numpy(np.interp(time.numpy(), STEPS, LOG_SNR))
+        if self.p.time != "t":  # alpha^2 / sigma^2 = e^time
             alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
         else:
             alpha, sigma = time.cos(), time.sin()
@@ -67,6 +70,11 @@ CONVENTIONS = [
     Parameterization("trigflow", "F", "t", time_scale=1000.0),
 ]
 
+# alpha^2 after each of DDPM's steps, multiplied out by hand, and its log-SNR.
+STEPS = np.arange(1000)
+KEPT = np.array([np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: k + 1]) for k in STEPS])
+LOG_SNR = np.log(KEPT / (1 - KEPT))
+
 
 def name(p):
     return f"{p.family}-{p.prediction}-{p.time}-{p.time_scale:g}"
@@ -86,6 +94,43 @@ def test_map_equals_the_exact_network(mixture, p, sigma_data):
         error = (teacher(x_t, t) - exact).abs().max() / exact.abs().max()
         # 1e-9 everywhere: fp64 leaves room even where eps (near pi/2) and x0 (near 0) lose digits.
         assert error < 1e-9, f"t = {time}: {error}"
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_a_network_of_ddpm_steps_is_the_exact_network(mixture, prediction, sigma_data):
+    """On and between the steps, from the first (sigma/alpha 0.01) to the last (157)."""
+    p = Parameterization("vp", prediction, "ddpm_linear")
+    teacher = teachers.wrap(Native(mixture, p, sigma_data), p, sigma_data, (2, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    for log_snr in [*LOG_SNR[[0, 1, 500, 998, 999]] * (1 - 1e-12), 9.0, 3.3, 0.0, -4.4, -10.0]:
+        t = torch.full((32,), math.atan(math.exp(-log_snr / 2) / sigma_data), dtype=torch.float64)
+        x_t = torch.randn(32, 2, 1, 1, generator=generator, dtype=torch.float64)
+        exact = mixture.F(x_t, t, sigma_data)
+        assert (teacher(x_t, t) - exact).abs().max() < 1e-8 * exact.abs().max(), f"log-SNR {log_snr}"
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_ddpm_steps_lie_on_its_schedule(sigma_data):
+    """At the time whose signal-to-noise ratio is that of ``sqrt(kept) x0 + sqrt(1 - kept) eps`` at step k, it is k."""
+    t = torch.from_numpy(np.arctan(np.sqrt((1 - KEPT) / KEPT) / sigma_data))
+    steps = teachers.DIT.coefficients(t, sigma_data).time
+    torch.testing.assert_close(steps, torch.from_numpy(STEPS).double(), rtol=0, atol=1e-7)
+    ends = teachers.DIT.coefficients(torch.tensor([0.0, 1e-4, torch.pi / 2], dtype=torch.float64), sigma_data).time
+    assert ends.tolist() == [0.0, 0.0, 999.0]  # never a step that was not trained
+
+
+def test_the_derivative_of_ddpm_steps_is_that_of_finite_differences():
+    t = torch.linspace(0.012, 1.564, 41, dtype=torch.float64)
+    step = lambda t: teachers.DIT.coefficients(t, 1.0).time  # noqa: E731
+    tangent = torch.func.jvp(step, (t,), (torch.ones_like(t),))[1]
+    h = 1e-7
+    inside = step(t - h).floor() == step(t + h).floor()  # a straight line in log-SNR; at a step it turns
+    expected = (step(t + h) - step(t - h)) / (2 * h)
+    assert inside.sum() > 35
+    torch.testing.assert_close(tangent[inside], expected[inside], rtol=1e-5, atol=1e-3)
+    w = t.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(step(w).sum(), w)[0], tangent)
 
 
 def rk4(slope, x, start, stop, steps):
@@ -180,7 +225,7 @@ def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture):
     torch.testing.assert_close(teachers.TRIGFLOW.to_trigflow(u, x, t, c, SD), u, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("p", CONVENTIONS, ids=name)
+@pytest.mark.parametrize("p", [*CONVENTIONS, teachers.DIT], ids=name)
 def test_the_map_and_its_time_derivative_are_finite_on_the_sampling_range(p):
     t = torch.tensor(times(0.5), dtype=torch.float64)
     x, u = torch.randn(2, len(t), 2, 1, 1, dtype=torch.float64)
