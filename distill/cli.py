@@ -82,7 +82,7 @@ def inspect_teacher(options: argparse.Namespace) -> None:
 
 
 def convert_teacher(options: argparse.Namespace) -> None:
-    """Write a model, such as one in an NVlabs pickle, as a folder of safetensors and config.json."""
+    """Write a model, such as a released checkpoint, as a folder of safetensors and config.json."""
     model, config = teachers.load(options.source), teachers.load_config(options.source)
     teachers.pretrained.write_model(options.out_dir, model, config)
     print(f"model folder in {options.out_dir}")

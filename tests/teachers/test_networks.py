@@ -423,6 +423,8 @@ def lightning_dit_by_hand(p, x, t, y, heads, eps=1e-6):
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{block}.adaLN_modulation.1", cond)[:, None].chunk(6, -1)
         qkv = linear(f"{block}.attn.qkv", rms(f"{block}.norm1", tokens) * (1 + scale1) + shift1)
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+        if f"{block}.attn.q_norm.weight" in p:
+            q, k = rms(f"{block}.attn.q_norm", q), rms(f"{block}.attn.k_norm", k)
         weights = (rotate(q) @ rotate(k).mT / math.sqrt(q.shape[-1])).softmax(-1)
         tokens = tokens + gate1 * linear(f"{block}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
         first, second = linear(f"{block}.mlp.w12", rms(f"{block}.norm2", tokens) * (1 + scale2) + shift2).chunk(2, -1)
@@ -443,8 +445,9 @@ def lightning_dit(**changes):
     return network.eval()
 
 
-def test_lightning_dit_computes_what_its_paper_says():
-    network = lightning_dit()
+@pytest.mark.parametrize("use_qknorm", [False, True])
+def test_lightning_dit_computes_what_its_paper_says(use_qknorm):
+    network = lightning_dit(use_qknorm=use_qknorm)
     x, t, y = torch.randn(3, 6, 4, 4), torch.tensor([0.0, 0.4, 1.0]), torch.tensor([0, 2, 3])
     with torch.no_grad():
         expected = lightning_dit_by_hand(network.state_dict(), x, t, y, heads=2)
@@ -474,6 +477,17 @@ def test_options_of_lightning_dit_are_differentiable_along_the_ode(changes):
     x, t, y, w = torch.randn(2, 6, 4, 4), torch.tensor([0.4, 1.2]), torch.tensor([0, 1]), torch.tensor([1.0, 3.0])
     torch.testing.assert_close(student(x, t, y, w), teacher(x, t, y))
     assert not student.native.pos_embed.requires_grad
+
+
+def test_blocks_without_shift_are_those_whose_shift_is_zero():
+    network, wider = lightning_dit(wo_shift=True), lightning_dit()
+    tensors = network.state_dict()
+    for key in [key for key in tensors if "blocks" in key and "adaLN" in key]:
+        scale1, gate1, scale2, gate2 = tensors[key].chunk(4)
+        tensors[key] = torch.cat([torch.zeros_like(scale1), scale1, gate1, torch.zeros_like(scale2), scale2, gate2])
+    wider.load_state_dict(tensors)
+    x, t, y = torch.randn(2, 6, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([1, 3])
+    torch.testing.assert_close(network(x, t, y), wider(x, t, y))
 
 
 def test_lightning_dit_without_its_additions_is_sit():
