@@ -6,10 +6,13 @@ from torch import nn
 
 from teachers.networks.dhariwal_unet import DhariwalUNet
 from teachers.networks.edm2_unet import EDM2UNet
+from teachers.networks.openai_unet import OpenAIUNet
 from teachers.networks.sit import SiT
 from teachers.networks.song_unet import SongUNet
 
-NETWORKS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT)}
+NETWORKS: dict[str, type[nn.Module]] = {
+    cls.__name__: cls for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT, OpenAIUNet)
+}
 
 
 def build(name: str, config: dict) -> nn.Module:
