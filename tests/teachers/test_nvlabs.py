@@ -182,7 +182,7 @@ def test_a_baseline_without_variances_to_drop_is_one_sentence(nvlabs_modules, tm
         teachers.load(path)
 
 
-@pytest.mark.parametrize("class_name, kind", [("VPPrecond", DDPMPP), ("iDDPMPrecond", ADM)])
+@pytest.mark.parametrize("class_name, kind", [("VPPrecond", DDPMPP), ("VEPrecond", NCSNPP), ("iDDPMPrecond", ADM)])
 def test_a_baseline_is_differentiable_along_the_ode(nvlabs_modules, tmp_path, class_name, kind):
     outputs = 6 if class_name == "iDDPMPrecond" else 3
     network, value = snapshot(nvlabs_modules, kind, class_name, out_channels=outputs)
