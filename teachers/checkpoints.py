@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from teachers import dit
+from teachers import dit, openai
 
 ZIP = b"PK\x03\x04"
 # torch.save before 1.6 began with this number as a pickle of protocol 2.
@@ -47,6 +47,7 @@ FAMILIES = (
     Family("dit", dit.is_sit, dit.dit_config),
     Family("repa", dit.is_repa, dit.repa_config, dit.repa_tensors),
     Family("lightning-dit", dit.is_lightning_dit, dit.lightning_dit_config),
+    Family("openai", openai.matches, openai.config),
 )
 
 
@@ -85,7 +86,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         tensors = family.own(tensors)
         config = family.config(tensors)
     except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{path} has the tensor names of a {family.name} but not its shapes: {error}") from None
+        raise ValueError(f"{path} has the tensor names of {family.name} but cannot be read as such: {error}") from None
     config = {**config, **{key: value for key, value in hint.items() if key == "sigma_data"}}
     config["network_config"] = {**config["network_config"], **hint.get("network_config", {})}
     unknown = [key for key, value in config["network_config"].items() if value is None]

@@ -33,11 +33,24 @@ PRECONDITIONING = {
         "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0,
         "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet",
     },
+    "VPPrecond": {
+        "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "beta_d": 19.9, "beta_min": 0.1,
+        "M": 1000, "epsilon_t": 1e-5, "model_type": "SongUNet",
+    },
+    "VEPrecond": {
+        "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "sigma_min": 0.02,
+        "sigma_max": 100, "model_type": "SongUNet",
+    },
+    "iDDPMPrecond": {
+        "img_resolution": None, "img_channels": None, "label_dim": 0, "use_fp16": False, "C_1": 0.001, "C_2": 0.008,
+        "M": 1000, "model_type": "DhariwalUNet",
+    },
     "Precond": {  # EDM2
         "img_resolution": None, "img_channels": None, "label_dim": None, "use_fp16": True, "sigma_data": 0.5,
         "logvar_channels": 128,
     },
 }  # fmt: skip
+SIGMA_DATA = 0.5  # of the data sets of EDM, for the preconditionings that do not name it
 
 
 def is_nvlabs_pickle(path: Path) -> bool:
@@ -52,7 +65,8 @@ def is_nvlabs_pickle(path: Path) -> bool:
 def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """``config.json`` as a value, and the tensors, of the averaged network (``ema``) in an NVlabs ``.pkl``.
 
-    EDM's DDPM++, NCSN++ and ADM networks (every ``edm-*.pkl`` but the baselines) and EDM2's can be read.
+    EDM's DDPM++, NCSN++ and ADM networks can be read, under its own preconditioning (``edm-*.pkl``) and under those of
+    the VP- and VE-SDE and of improved DDPM (``baseline-*.pkl``, EDM's Table 1), and EDM2's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -70,8 +84,8 @@ def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         "role": "teacher",
         "network": arguments.get("model_type", "EDM2UNet"),
         "network_config": network_config(name, arguments),
-        "parameterization": EDM.to_dict(),
-        "sigma_data": arguments["sigma_data"],
+        "parameterization": parameterization(name, arguments),
+        "sigma_data": arguments.get("sigma_data", SIGMA_DATA),
         "sample_shape": [arguments["img_channels"], size, size],
         "num_classes": arguments["label_dim"] or None,
         "label_format": "one_hot",
@@ -80,6 +94,8 @@ def read_nvlabs(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     collect_tensors(snapshot["ema"], "", tensors, set(), path)
     # EDM calls its network model and EDM2 unet, beside which there is the loss weighting of its training.
     ours = {key.split(".", 1)[1]: value.float() for key, value in tensors.items() if key.startswith(("model.", "unet."))}
+    if name == "iDDPMPrecond":
+        drop_variances(ours)
     return config, ours
 
 
@@ -117,6 +133,26 @@ def network_config(name: str, arguments: dict) -> dict:
     channels = arguments["img_channels"]
     sides = {"img_channels": channels} if name == "Precond" else {"in_channels": channels, "out_channels": channels}
     return {"img_resolution": arguments["img_resolution"], **sides, "label_dim": arguments["label_dim"], **own}
+
+
+def parameterization(name: str, arguments: dict) -> dict:
+    """What the preconditioning says about its network (EDM, Table 1), as the keys of a ``Parameterization``."""
+    constants = lambda *names: {"schedule": {key: arguments[key] for key in names}}  # noqa: E731
+    match name:
+        case "VPPrecond":
+            return {"family": "vp", "prediction": "eps", "time": "linear_beta", **constants("beta_d", "beta_min", "M")}
+        case "VEPrecond":
+            return {"family": "edm", "prediction": "-eps", "time": "log(sigma/2)"}
+        case "iDDPMPrecond":  # C_1 clips the noisiest step alone, far above the noise that TrigFlow starts from
+            return {"family": "vp", "prediction": "eps", "time": "cosine", **constants("C_2", "M")}
+    return EDM.to_dict()
+
+
+def drop_variances(tensors: dict[str, Tensor]) -> None:
+    """Cut the second half of improved DDPM's outputs, the variances of its sampler, off ADM's last layer."""
+    for key in ("out_conv.weight", "out_conv.bias"):
+        if key in tensors and tensors[key].ndim:
+            tensors[key] = tensors[key].chunk(2)[0].clone()
 
 
 def collect_tensors(module: Any, prefix: str, tensors: dict, seen: set, path) -> None:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from teachers.noise_schedule import BetaSchedule, step_at
+
 # Times are kept this far (radians) from 0 and pi/2 wherever a logarithm of tan(t) is taken.
 TIME_MARGIN = 1e-7
 
@@ -41,15 +43,20 @@ class Parameterization:
         family: ``"edm"`` (``y = x0 + sigma eps``), ``"vp"`` (``alpha^2 + sigma^2 = 1``), ``"flow"``
             (``y = (1 - s) x0 + s eps``) or ``"trigflow"``.
         prediction: the network's output. ``edm``: ``"raw"`` (the U-Net inside EDM's preconditioning) or ``"x0"`` (the
-            whole denoiser ``D(y, sigma)``); ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``;
-            ``flow``: ``"velocity"`` (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
-        time: the time signal. ``edm``: ``"log_sigma/4"`` or ``"sigma"``; ``vp``: ``"log_snr"``
-            (``log(alpha^2 / sigma^2)``), ``"t"`` (the angle ``arctan(sigma / alpha)``) or ``"ddpm_linear"`` (DDPM's step,
-            0 to 999, of the linear schedule of betas from 1e-4 to 0.02); ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1
-            is data); ``trigflow``: ``"t"``.
+            whole denoiser ``D(y, sigma)``) or ``"-eps"`` (the network of ``D = y + sigma F(y)``, the VE-SDE's);
+            ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``; ``flow``: ``"velocity"``
+            (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
+        time: the time signal. ``edm``: ``"log_sigma/4"``, ``"log(sigma/2)"`` or ``"sigma"``; ``vp``: ``"log_snr"``
+            (``log(alpha^2 / sigma^2)``), ``"t"`` (the angle ``arctan(sigma / alpha)``), ``"linear_beta"``,
+            ``"cosine"`` (steps 0 to ``M - 1``) or ``"ddpm_linear"``, ``"ddpm_scaled_linear"``, ``"ddpm_cosine"``
+            (:mod:`teachers.noise_schedule`); ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1
+            is data); ``trigflow``: ``"t"``. The first three also ``"trigflow"``, the angle of TrigFlow itself.
         time_scale: factor on the time signal (1000 for SD3, Flux, Wan).
         teacher_sigma_data: ``sigma_data`` inside EDM's preconditioning; ``None`` means the student's. Only for
             ``edm`` with ``"raw"``.
+        schedule: constants of the time signal. ``"linear_beta"``, the VP-SDE (arXiv 2011.13456): ``beta_d``,
+            ``beta_min``, ``M``. ``"cosine"``, improved DDPM (arXiv 2102.09672): ``C_2``, ``M``. The ``"ddpm_*"``:
+            ``beta_start``, ``beta_end``, ``num_train_timesteps``. ``None`` for others.
 
     Raises:
         ValueError: for a combination that is not in the tables above.
@@ -60,6 +67,7 @@ class Parameterization:
     time: str
     time_scale: float = 1.0
     teacher_sigma_data: float | None = None
+    schedule: dict[str, float] | None = None
 
     def __post_init__(self):
         if self.family not in PREDICTIONS:
@@ -76,12 +84,22 @@ class Parameterization:
             raise ValueError(f"teacher_sigma_data must be positive, got {self.teacher_sigma_data}")
         if not self.time_scale > 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale}")
+        self.check_schedule()
+
+    def check_schedule(self) -> None:
+        names = SCHEDULES.get(self.time, ())
+        given = self.schedule or {}
+        if not isinstance(given, dict) or set(given) != set(names):
+            raise ValueError(f"time signal {self.time!r} needs the schedule {', '.join(names) or None}, got {self.schedule}")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"schedule: {name} must be a positive number, got {value!r}")
 
     def coefficients(self, t: Tensor, sigma_data: float) -> Coefficients:
         """The map at times ``t`` ``(B,)``, in the dtype of ``t`` (use fp64: it costs nothing on ``B`` numbers)."""
         cos, sin = t.cos(), t.sin()
         scale, a, b = PREDICTIONS[self.family][self.prediction](cos, sin, sigma_data, self)
-        time = TIMES[self.family][self.time](t, sigma_data) * self.time_scale
+        time = TIMES[self.family][self.time](t, sigma_data, self) * self.time_scale
         return Coefficients(scale, time, a, b)
 
     def to_trigflow(self, u: Tensor, x_t: Tensor, t: Tensor, c: Coefficients, sigma_data: float) -> Tensor:
@@ -105,6 +123,10 @@ def _edm_raw(cos, sin, sd, p):
 
 def _edm_x0(cos, sin, sd, p):
     return 1 / cos, torch.ones_like(cos), torch.zeros_like(cos)
+
+
+def _edm_negative_eps(cos, sin, sd, p):
+    return 1 / cos, torch.zeros_like(cos), -torch.ones_like(cos)
 
 
 def _vp_norm(cos, sin, sd):
@@ -139,7 +161,7 @@ def _trigflow(cos, sin, sd, p):
 
 # family -> prediction -> (cos t, sin t, sigma_data, parameterization) -> (input_scale, a, b)
 PREDICTIONS: dict[str, dict[str, Callable]] = {
-    "edm": {"raw": _edm_raw, "x0": _edm_x0},
+    "edm": {"raw": _edm_raw, "x0": _edm_x0, "-eps": _edm_negative_eps},
     "vp": {"eps": _vp_eps, "v": _vp_v, "x0": _vp_x0},
     "flow": {"velocity": _flow_velocity, "-velocity": _flow_negative_velocity},
     "trigflow": {"F": _trigflow},
@@ -151,47 +173,78 @@ def _log_sigma(t: Tensor, sd: float) -> Tensor:
     return t.sin().log() - t.cos().log() + math.log(sd)
 
 
-def _log_snr(t: Tensor, sd: float) -> Tensor:
-    return -2 * _log_sigma(t, sd)
+def _trigflow_time(t: Tensor, sd: float, p: Parameterization) -> Tensor:
+    """The angle itself: what a network expects whose time embedding was replaced (``teachers.retrofit``)."""
+    return t
 
 
-def ddpm_log_snr(num_steps: int = 1000) -> Tensor:
-    """The log-SNRs ``(num_steps,)`` of DDPM's steps under its linear schedule (arXiv 2006.11239), falling, fp64."""
-    betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64, device="cpu")
-    kept = torch.cumprod(1 - betas, 0)  # alpha^2 after each step
-    return kept.log() - (1 - kept).log()
+def _linear_beta_step(t: Tensor, sd: float, p: Parameterization) -> Tensor:
+    """``(M - 1) tau`` at the time ``tau`` of the VP-SDE, ``-2 log alpha = beta_d tau^2 / 2 + beta_min tau``.
+
+    The root is written without a difference, which would lose its digits at small noise.
+    """
+    beta_d, beta_min, steps = (p.schedule[name] for name in SCHEDULES["linear_beta"])
+    exponent = torch.log1p((2 * _log_sigma(t, sd)).exp())  # -2 log alpha
+    return (steps - 1) * 2 * exponent / ((beta_min**2 + 2 * beta_d * exponent).sqrt() + beta_min)
 
 
-DDPM_LOG_SNR = ddpm_log_snr()
+def _cosine_step(t: Tensor, sd: float, p: Parameterization) -> Tensor:
+    """``k`` in ``alpha = sin(w j) / sin(w M)``, ``w = pi / (2 M (1 + C_2))``, with ``j = M - 1 - k`` steps to the noisiest.
+
+    The network was trained at whole steps, to which EDM's ``iDDPMPrecond`` rounds (its ``u_j`` is ``sigma / alpha`` at
+    ``j``). This is the smooth function through all of them: differentiable, and equal at every step but ``j = 0``,
+    which improved DDPM clips, at sigma above 640.
+    """
+    offset, steps = (p.schedule[name] for name in SCHEDULES["cosine"])
+    step_angle = math.pi / (2 * steps * (1 + offset))
+    alpha = t.cos() * _vp_norm(t.cos(), t.sin(), sd)
+    return steps - 1 - torch.asin(alpha * math.sin(step_angle * steps)) / step_angle
 
 
-def _ddpm_step(t: Tensor, sd: float) -> Tensor:
-    """The step as a real number: linear in log-SNR between the steps, and never outside of what was trained."""
-    knots, log_snr = DDPM_LOG_SNR.to(t), _log_snr(t, sd)
-    last = len(knots) - 1
-    right = torch.searchsorted(-knots, -log_snr.detach()).clamp(1, last)
-    left = right - 1
-    step = left + (knots[left] - log_snr) / (knots[left] - knots[right])
-    return step.clamp(0, last)
+def _ddpm_step(kind: str) -> Callable:
+    """The fractional step of a schedule of betas."""
+    return lambda t, sd, p: step_at(2 * _log_sigma(t, sd), BetaSchedule(kind, *(p.schedule[name] for name in DDPM)))
 
 
 def _flow_s(t: Tensor, sd: float) -> Tensor:
     return sd * t.sin() / (t.cos() + sd * t.sin())
 
 
-# family -> time signal -> (t, sigma_data) -> the network's time before time_scale
+# time signal -> the constants that it needs
+DDPM = ("beta_start", "beta_end", "num_train_timesteps")
+SCHEDULES = {
+    "linear_beta": ("beta_d", "beta_min", "M"), "cosine": ("C_2", "M"), "ddpm_linear": DDPM, "ddpm_scaled_linear": DDPM,
+    "ddpm_cosine": DDPM,
+}  # fmt: skip
+
+# family -> time signal -> (t, sigma_data, parameterization) -> the network's time before time_scale
 TIMES: dict[str, dict[str, Callable]] = {
-    "edm": {"log_sigma/4": lambda t, sd: _log_sigma(t, sd) / 4, "sigma": lambda t, sd: _log_sigma(t, sd).exp()},
+    "edm": {
+        "trigflow": _trigflow_time,
+        "log_sigma/4": lambda t, sd, p: _log_sigma(t, sd) / 4,
+        "log(sigma/2)": lambda t, sd, p: _log_sigma(t, sd) - math.log(2),
+        "sigma": lambda t, sd, p: _log_sigma(t, sd).exp(),
+    },
     "vp": {
-        "log_snr": _log_snr, "t": lambda t, sd: torch.atan2(sd * t.sin(), t.cos()), "ddpm_linear": _ddpm_step,
+        "trigflow": _trigflow_time,
+        "log_snr": lambda t, sd, p: -2 * _log_sigma(t, sd),
+        "t": lambda t, sd, p: torch.atan2(sd * t.sin(), t.cos()),
+        "linear_beta": _linear_beta_step,
+        "cosine": _cosine_step,
+        "ddpm_linear": _ddpm_step("linear"),
+        "ddpm_scaled_linear": _ddpm_step("scaled_linear"),
+        "ddpm_cosine": _ddpm_step("squaredcos_cap_v2"),
+    },
+    "flow": {
+        "trigflow": _trigflow_time, "s": lambda t, sd, p: _flow_s(t, sd), "1-s": lambda t, sd, p: 1 - _flow_s(t, sd),
     },  # fmt: skip
-    "flow": {"s": _flow_s, "1-s": lambda t, sd: 1 - _flow_s(t, sd)},
-    "trigflow": {"t": lambda t, sd: t},
+    "trigflow": {"t": lambda t, sd, p: t},
 }
 
 EDM = Parameterization("edm", "raw", "log_sigma/4")
 EDM_DENOISER = Parameterization("edm", "x0", "sigma")
-DIT = Parameterization("vp", "eps", "ddpm_linear")
+LINEAR_BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+DIT = Parameterization("vp", "eps", "ddpm_linear", schedule=LINEAR_BETAS)
 RECTIFIED_FLOW = Parameterization("flow", "velocity", "s")
 SIT = Parameterization("flow", "-velocity", "1-s")
 TRIGFLOW = Parameterization("trigflow", "F", "t")
@@ -201,6 +254,6 @@ VP_X0 = Parameterization("vp", "x0", "log_snr")
 
 # What recipes may name.
 PRESETS = {
-    "DIT": DIT, "EDM": EDM, "EDM_DENOISER": EDM_DENOISER, "RECTIFIED_FLOW": RECTIFIED_FLOW, "SIT": SIT,
-    "TRIGFLOW": TRIGFLOW, "VP_EPS": VP_EPS, "VP_V": VP_V, "VP_X0": VP_X0,
+    "DIT": DIT, "EDM": EDM, "EDM_DENOISER": EDM_DENOISER, "RECTIFIED_FLOW": RECTIFIED_FLOW, "SIT": SIT, "TRIGFLOW": TRIGFLOW,
+    "VP_EPS": VP_EPS, "VP_V": VP_V, "VP_X0": VP_X0,
 }  # fmt: skip

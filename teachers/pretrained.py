@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
+from teachers.diffusers import is_diffusers_folder, read_diffusers
 from teachers.networks import build, is_registered
 from teachers.networks.layers import TimeEmbedding
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
@@ -22,10 +23,11 @@ ZOO = Path(__file__).parent / "zoo"
 FORMAT, VERSION = "scm-distill", 1
 WEIGHTS = "model.safetensors"
 PIPELINE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Single files that are models, by content: kind -> (is this one, its config and tensors).
-FILE_READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, dict[str, Tensor]]]]] = {
+# What other projects write, recognised by content: kind -> (is this one, its config and tensors).
+READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, dict[str, Tensor]]]]] = {
     "NVlabs pickle": (is_nvlabs_pickle, read_nvlabs),
     "checkpoint": (is_checkpoint, read_checkpoint),
+    "diffusers pipeline": (is_diffusers_folder, read_diffusers),
 }
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
@@ -59,7 +61,7 @@ def locate(source: str | Path) -> tuple[str, Path]:
         raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
     if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json") and (path.parent / "config.json").is_file():
         path = path.parent
-    for kind, (matches, _) in FILE_READERS.items():
+    for kind, (matches, _) in READERS.items():
         if matches(path):
             return kind, path
     kinds = {"model folder": path, "run folder": path / "student", "exported pipeline": path / "network"}
@@ -79,7 +81,7 @@ def load_config(source: str | Path) -> dict:
         FileNotFoundError, ValueError: as :func:`resolve`, and for a config that is malformed or of another format.
     """
     kind, path = locate(source)
-    if kind in FILE_READERS:
+    if kind in READERS:
         return read_file(kind, path)[0]
     path = path / "config.json"
     try:
@@ -95,7 +97,7 @@ def load_config(source: str | Path) -> dict:
 
 def read_file(kind: str, path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Checked config and tensors of a single file."""
-    config, tensors = FILE_READERS[kind][1](path)
+    config, tensors = READERS[kind][1](path)
     check_config(config, path)
     return {"format": FORMAT, "version": VERSION, **config}, tensors
 
@@ -141,14 +143,13 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
         return source
     config, tensors, where = read_model(source)
     try:
-        with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced
-            native = build(config["network"], config["network_config"])
+        native = build_unfilled(config["network"], config["network_config"])
         convention = Parameterization(**config["parameterization"])
     except (TypeError, ValueError) as error:
         holder = resolve(source)
         raise ValueError(f"{holder / 'config.json' if holder.is_dir() else holder}: {error}") from error
     check_tensors(native, tensors, where)
-    native.to_empty(device="cpu").load_state_dict(tensors)
+    native.load_state_dict(tensors)
     model = Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
         config["label_format"], source=str(source),
@@ -156,10 +157,21 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     return model.to(device).eval()
 
 
+def build_unfilled(name: str, config: dict) -> nn.Module:
+    """A network whose weights are still to come: no time and no random numbers are spent on them, unless it has tables that
+    no file holds, which are made with it (position tables of diffusers).
+    """
+    with torch.device("meta"):
+        network = build(name, config)
+    if network.state_dict().keys() >= {key for key, _ in network.named_buffers()}:
+        return network.to_empty(device="cpu")
+    return build(name, config)
+
+
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:
     """Config and tensors of the native network, and the file that holds the tensors."""
     kind, path = locate(source)
-    if kind in FILE_READERS:
+    if kind in READERS:
         return *read_file(kind, path), str(path)
     config = load_config(source)
     weights = path / (PIPELINE_WEIGHTS if (path / PIPELINE_WEIGHTS).is_file() else WEIGHTS)
@@ -264,7 +276,7 @@ def write_atomically(path: Path, write) -> None:
 def inspect(source: str | Path) -> dict:
     """What ``distill teachers inspect`` prints: plain facts about a model."""
     model, config, (kind, path) = load(source), load_config(source), locate(source)
-    files = [path] if kind in FILE_READERS else path.glob("*.safetensors")
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
     return {
         "source": str(source),
         "kind": kind,

@@ -5,18 +5,25 @@ import inspect
 from torch import nn
 
 from teachers.networks.dhariwal_unet import DhariwalUNet
+from teachers.networks.diffusers_networks import DiffusersDiT, DiffusersUNet2D
 from teachers.networks.edm2_unet import EDM2UNet
 from teachers.networks.lightning_dit import LightningDiT
+from teachers.networks.openai_unet import OpenAIUNet
 from teachers.networks.sit import SiT
 from teachers.networks.song_unet import SongUNet
+from teachers.networks.trigflow_time import use_trigflow_time
 
 NETWORKS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT)
+    cls.__name__: cls
+    for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT, OpenAIUNet, DiffusersUNet2D, DiffusersDiT)
 }
 
 
 def build(name: str, config: dict) -> nn.Module:
     """A registered network from its constructor arguments, which it keeps as ``.config``.
+
+    Every network takes one argument more: ``trigflow_time: true`` for the time embedding of
+    :func:`teachers.networks.trigflow_time.use_trigflow_time`.
 
     Raises:
         ValueError: an unknown network, or an argument it does not take or cannot use; one sentence.
@@ -25,12 +32,15 @@ def build(name: str, config: dict) -> nn.Module:
         raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}")
     if not isinstance(config, dict):
         raise ValueError(f"{name} needs a mapping of constructor arguments, got {config!r}")
+    own = {key: value for key, value in config.items() if key != "trigflow_time"}
     arguments = inspect.signature(NETWORKS[name]).parameters
-    for key in config:
+    for key in own:
         if key not in arguments:
             raise ValueError(f"{name} has no argument {key!r}; it takes: {', '.join(arguments)}")
     try:
-        network = NETWORKS[name](**config)
+        network = NETWORKS[name](**own)
+        if config.get("trigflow_time"):
+            use_trigflow_time(network)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{name} cannot be built from its config: {str(error).splitlines()[0]}") from error
     network.config = dict(config)

@@ -32,6 +32,8 @@ class GroupNorm(nn.GroupNorm):
         affine map of ``t_x`` and ``x``: few passes over memory.
         """
         b, c, *space = x.shape
+        if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()  # tokens transposed to channels, as attention blocks of others pass them
         size = c // self.num_groups * math.prod(space)
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)

@@ -250,8 +250,8 @@ def without(tensors, *names):
          r"x.pt does not fit SiT: tensors 1 missing \(blocks.1.attn.proj.bias\)"),
         (lambda t: {**t, "extra.weight": torch.zeros(1)}, {"family": "sit", **HEADS}, r"1 unexpected \(extra.weight\)"),
         (lambda t: {**t, "x_embedder.proj.weight": torch.zeros(48, 16)}, {"family": "dit", **HEADS},
-         "has the tensor names of a dit but not its shapes"),
-        (lambda t: without(t, "pos_embed"), {}, r"holds no network that is known \(sit, dit, repa, lightning-dit\)"),
+         "has the tensor names of dit but cannot be read as such"),
+        (lambda t: without(t, "pos_embed"), {}, r"holds no network that is known \(sit, dit, repa, lightning-dit, openai\)"),
         (lambda t: {**t, "module.pos_embed": t["pos_embed"]}, {}, "holds tensors twice"),
         (lambda t: {"ema": {"decay": 0.999, "shadow": t}, "model": t}, {}, "its entry 'ema' is not a dictionary of tensors"),
         (lambda t: {"weights": t}, {}, "holds no dictionary of tensors, neither itself nor under ema, "),
@@ -367,3 +367,13 @@ def test_every_network_is_differentiable_along_the_ode(tmp_path, family):
     torch.save(network_of(family).state_dict(), path)
     hint(path, family=family, **HEADS)
     check_jvp(teachers.load(path))
+
+
+def test_an_openai_file_becomes_a_teacher(tmp_path):
+    torch.manual_seed(0)
+    arguments = dict(image_size=64, num_channels=32, num_res_blocks=1, num_head_channels=64, use_scale_shift_norm=False)
+    native = build("OpenAIUNet", {**arguments, "attention_resolutions": [8]})
+    torch.save(native.half().state_dict(), tmp_path / "edm_cat64_ema.pt")
+    teacher = teachers.load(tmp_path / "edm_cat64_ema.pt")
+    assert (teacher.sample_shape, teacher.num_classes, teacher.sigma_data) == ((3, 64, 64), None, 0.5)
+    assert all(torch.equal(p, q.float()) for p, q in zip(teacher.native.parameters(), native.parameters(), strict=True))

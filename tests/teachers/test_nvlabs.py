@@ -2,6 +2,7 @@
 
 import copyreg
 import io
+import math
 import os
 import pickle
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 
 import teachers
 from distill import cli
+from distill.jvp import check_jvp
 from teachers.networks import build
 
 OPTIONS = dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0, augment_dim=9)
@@ -77,11 +79,11 @@ def pickled_module(module: nn.Module, **extra):
     return Persistent(type(module).__name__, **state, **extra)
 
 
-def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", _init_args=(), **changes):
+def snapshot(EasyDict, kind=DDPMPP, class_name="EDMPrecond", _init_args=(), out_channels=3, **changes):
     """A network and its snapshot as ``edm/training/training_loop.py`` writes it."""
     torch.manual_seed(0)
     own = {key: value for key, value in kind.items() if key != "model_type"}
-    config = dict(img_resolution=8, in_channels=3, out_channels=3, label_dim=4, **OPTIONS, **own)
+    config = dict(img_resolution=8, in_channels=3, out_channels=out_channels, label_dim=4, **OPTIONS, **own)
     network = build(kind["model_type"], config)
     arguments = EasyDict(img_resolution=8, img_channels=3, label_dim=4, use_fp16=False, **kind, **OPTIONS)
     ema = Persistent(
@@ -125,6 +127,70 @@ def test_an_edm2_pickle_becomes_a_teacher(nvlabs_modules, tmp_path):
     assert teachers.pretrained.time_embedding_speed(teacher) > 1
 
 
+def precondition_vp(F, y, sigma, c):
+    """Table 1 of EDM (arXiv 2206.00364), one row a function: the denoiser ``D(y, sigma)`` around the network ``F``."""
+    beta_d, beta_min, steps = c.get("beta_d", 19.9), c.get("beta_min", 0.1), c.get("M", 1000)
+    tau = (math.sqrt(beta_min**2 + 2 * beta_d * math.log(1 + sigma**2)) - beta_min) / beta_d
+    return y - sigma * F(y / math.sqrt(sigma**2 + 1), (steps - 1) * tau)
+
+
+def precondition_ve(F, y, sigma, c):
+    return y + sigma * F(y, math.log(sigma / 2))
+
+
+def precondition_iddpm(F, y, sigma, c):
+    """At a step of the schedule, where rounding to the nearest changes nothing."""
+    alpha_bar = lambda j: math.sin(math.pi / 2 * j / c.get("M", 1000) / (c.get("C_2", 0.008) + 1)) ** 2  # noqa: E731
+    u = [0.0]
+    for j in range(c.get("M", 1000), 0, -1):
+        u.insert(0, math.sqrt((u[0] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), 0.001) - 1))
+    distance, j = min((abs(noise - sigma), j) for j, noise in enumerate(u))
+    assert distance < 1e-6 * sigma
+    return y - sigma * F(y / math.sqrt(sigma**2 + 1), c.get("M", 1000) - 1 - j)
+
+
+BASELINES = [  # class, network, its constants, the denoiser, a noise level
+    ("VPPrecond", DDPMPP, {}, precondition_vp, 0.7),
+    ("VPPrecond", DDPMPP, dict(beta_d=12.0, beta_min=0.3, M=100), precondition_vp, 30.0),
+    ("VEPrecond", NCSNPP, {}, precondition_ve, 0.7),
+    ("iDDPMPrecond", ADM, {}, precondition_iddpm, 0.9905380340424171),
+    ("iDDPMPrecond", ADM, dict(M=100, C_2=0.02), precondition_iddpm, 7.165298740994863),
+]
+
+
+@pytest.mark.parametrize("class_name, kind, constants, precondition, sigma", BASELINES)
+def test_a_baseline_pickle_is_the_same_denoiser(nvlabs_modules, tmp_path, class_name, kind, constants, precondition, sigma):
+    outputs = 6 if class_name == "iDDPMPrecond" else 3
+    network, value = snapshot(nvlabs_modules, kind, class_name, out_channels=outputs, **constants)
+    for p in network.parameters():  # the pickled tensors are these
+        p.data += 0.05 * torch.randn_like(p)
+    teacher = teachers.load(write(tmp_path, value))
+    assert teacher.sigma_data == 0.5 and teacher.sample_shape == (3, 8, 8) and teacher.num_classes == 4
+    network, teacher = network.double().eval(), teacher.double()
+    t, labels = torch.full((2,), math.atan(sigma / 0.5), dtype=torch.float64), torch.tensor([0, 3])
+    x_t = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    F = lambda x, time: network(x, torch.full((2,), time, dtype=x.dtype), torch.eye(4)[labels])[:, :3]  # noqa: E731
+    denoised = precondition(F, x_t / math.cos(t[0]), sigma, constants)
+    with torch.no_grad():
+        exact = (math.cos(t[0]) * x_t - denoised) / (0.5 * math.sin(t[0]))
+        torch.testing.assert_close(teacher(x_t, t, labels), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_a_baseline_without_variances_to_drop_is_one_sentence(nvlabs_modules, tmp_path):
+    path = write(tmp_path, snapshot(nvlabs_modules, ADM, "iDDPMPrecond", out_channels=3)[1])
+    with pytest.raises(ValueError, match=r"does not fit DhariwalUNet: tensors 2 wrongly shaped \(out_conv.bias, out_conv.w"):
+        teachers.load(path)
+
+
+@pytest.mark.parametrize("class_name, kind", [("VPPrecond", DDPMPP), ("VEPrecond", NCSNPP), ("iDDPMPrecond", ADM)])
+def test_a_baseline_is_differentiable_along_the_ode(nvlabs_modules, tmp_path, class_name, kind):
+    outputs = 6 if class_name == "iDDPMPrecond" else 3
+    network, value = snapshot(nvlabs_modules, kind, class_name, out_channels=outputs)
+    for p in network.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    check_jvp(teachers.load(write(tmp_path, value)))
+
+
 def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys):
     path = write(tmp_path, snapshot(nvlabs_modules)[1])
     assert cli.main(["teachers", "convert", str(path), str(tmp_path / "edm")]) == 0
@@ -143,7 +209,9 @@ def test_a_converted_pickle_is_the_same_teacher(nvlabs_modules, tmp_path, capsys
     [
         ({"model_type": "UViT"}, "network is 'UViT'; allowed: SongUNet, DhariwalUNet"),
         ({"decoder_type": "skip"}, "decoder_type is 'skip'; allowed: standard"),
-        ({"class_name": "VPPrecond"}, "class VPPrecond; can be read: EDMPrecond, Precond"),
+        ({"class_name": "CTPrecond"}, "class CTPrecond; can be read: EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, Pre"),
+        ({"class_name": "VPPrecond", "beta_d": "big"}, "schedule: beta_d must be a positive number, got 'big'"),
+        ({"class_name": "VPPrecond", "M": None}, "was made without M"),
         ({"num_blocks": 2}, "does not fit SongUNet: tensors"),
         ({"img_channels": None}, "was made without img_channels"),
         ({"label_dim": "four"}, "num_classes must be a number of classes"),

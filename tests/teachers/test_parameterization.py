@@ -1,5 +1,6 @@
 """Every teacher convention against the analytic Gaussian mixture, in fp64."""
 
+import json
 import math
 
 import numpy as np
@@ -28,6 +29,8 @@ class Native(nn.Module):
     def edm(self, x, time):
         if self.p.prediction == "x0":
             return self.mixture.posterior(x, 1.0, time)[0]
+        if self.p.prediction == "-eps":
+            return -self.mixture.posterior(x, 1.0, 2 * time.exp())[1]
         sigma = (4 * time).exp()
         s, own = sigma.view(-1, 1, 1, 1), self.own
         norm = (s**2 + own**2).sqrt()
@@ -38,8 +41,11 @@ class Native(nn.Module):
     def vp(self, x, time):
         if self.p.time == "ddpm_linear":
             time = torch.from_numpy(np.interp(time.numpy(), STEPS, LOG_SNR))
-        if self.p.time != "t":  # alpha^2 / sigma^2 = e^time
+        if self.p.time in ("log_snr", "ddpm_linear"):  # alpha^2 / sigma^2 = e^time
             alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
+        elif self.p.time in NOISE:  # (alpha, sigma) = (1, noise) / sqrt(1 + noise^2)
+            alpha = torch.rsqrt(1 + NOISE[self.p.time](time) ** 2)
+            sigma = NOISE[self.p.time](time) * alpha
         else:
             alpha, sigma = time.cos(), time.sin()
         x0, eps = self.mixture.posterior(x, alpha, sigma)
@@ -55,10 +61,32 @@ class Native(nn.Module):
         return self.mixture.F(x * self.own, time, self.own)
 
 
+# Noise level of a step, forwards: what VPPrecond and iDDPMPrecond invert.
+VP_SDE = dict(beta_d=19.9, beta_min=0.1, M=1000)
+COSINE = dict(C_2=0.008, M=1000)
+
+
+def vp_sde_noise(step):
+    tau = step / 999
+    return torch.expm1(19.9 / 2 * tau**2 + 0.1 * tau).sqrt()
+
+
+def cosine_noise(step):
+    """``1 + noise^2`` is ``1 / alpha_bar``, with alpha_bar of the clean end divided out; as cot^2 to keep its digits."""
+    angle = math.pi / 2 / 1.008 * (999 - step) / 1000
+    end = torch.tensor(math.pi / 2 / 1.008, dtype=torch.float64)
+    return (torch.sin(end - angle) * torch.sin(end + angle)).sqrt() / angle.sin()  # sin^2 end - sin^2 angle, factored
+
+
+NOISE = {"linear_beta": vp_sde_noise, "cosine": cosine_noise}
+
 CONVENTIONS = [
     Parameterization("edm", "raw", "log_sigma/4"),
     Parameterization("edm", "raw", "log_sigma/4", time_scale=1000.0, teacher_sigma_data=0.8),
     Parameterization("edm", "x0", "sigma"),
+    Parameterization("edm", "-eps", "log(sigma/2)"),
+    Parameterization("vp", "eps", "linear_beta", schedule=VP_SDE),
+    Parameterization("vp", "eps", "cosine", schedule=COSINE),
     Parameterization("vp", "eps", "t", time_scale=1000.0),
     *[Parameterization("vp", prediction, time) for prediction in ("eps", "v", "x0") for time in ("log_snr", "t")],
     *[
@@ -99,11 +127,11 @@ def test_map_equals_the_exact_network(mixture, p, sigma_data):
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_a_network_of_ddpm_steps_is_the_exact_network(mixture, prediction, sigma_data):
-    """On and between the steps, from the first (sigma/alpha 0.01) to the last (157)."""
-    p = Parameterization("vp", prediction, "ddpm_linear")
+    """On the steps, from the first (sigma/alpha 0.01) to the last (157)."""
+    p = Parameterization("vp", prediction, "ddpm_linear", schedule=teachers.DIT.schedule)
     teacher = teachers.wrap(Native(mixture, p, sigma_data), p, sigma_data, (2, 1, 1))
     generator = torch.Generator().manual_seed(0)
-    for log_snr in [*LOG_SNR[[0, 1, 500, 998, 999]] * (1 - 1e-12), 9.0, 3.3, 0.0, -4.4, -10.0]:
+    for log_snr in LOG_SNR[[0, 1, 20, 250, 500, 750, 998, 999]] * (1 - 1e-12):
         t = torch.full((32,), math.atan(math.exp(-log_snr / 2) / sigma_data), dtype=torch.float64)
         x_t = torch.randn(32, 2, 1, 1, generator=generator, dtype=torch.float64)
         exact = mixture.F(x_t, t, sigma_data)
@@ -118,19 +146,6 @@ def test_ddpm_steps_lie_on_its_schedule(sigma_data):
     torch.testing.assert_close(steps, torch.from_numpy(STEPS).double(), rtol=0, atol=1e-7)
     ends = teachers.DIT.coefficients(torch.tensor([0.0, 1e-4, torch.pi / 2], dtype=torch.float64), sigma_data).time
     assert ends.tolist() == [0.0, 0.0, 999.0]  # never a step that was not trained
-
-
-def test_the_derivative_of_ddpm_steps_is_that_of_finite_differences():
-    t = torch.linspace(0.012, 1.564, 41, dtype=torch.float64)
-    step = lambda t: teachers.DIT.coefficients(t, 1.0).time  # noqa: E731
-    tangent = torch.func.jvp(step, (t,), (torch.ones_like(t),))[1]
-    h = 1e-7
-    inside = step(t - h).floor() == step(t + h).floor()  # a straight line in log-SNR; at a step it turns
-    expected = (step(t + h) - step(t - h)) / (2 * h)
-    assert inside.sum() > 35
-    torch.testing.assert_close(tangent[inside], expected[inside], rtol=1e-5, atol=1e-3)
-    w = t.clone().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(step(w).sum(), w)[0], tangent)
 
 
 def rk4(slope, x, start, stop, steps):
@@ -233,16 +248,51 @@ def test_the_map_and_its_time_derivative_are_finite_on_the_sampling_range(p):
     assert all(v.isfinite().all() for v in out)
 
 
-def test_dictionary_round_trip():
-    p = Parameterization("edm", "raw", "log_sigma/4", 1000.0, 0.8)
-    assert Parameterization(**p.to_dict()) == p
+@pytest.mark.parametrize("p", CONVENTIONS, ids=name)
+def test_rearranged_time_tangents_are_finite_differences(p):
+    """``cos(t) sin(t) dc/dt`` of every time signal, and of the input scale and targets, over the whole sampling range."""
+    t = torch.linspace(math.atan(0.002 / 0.5), math.atan(80 / 0.5), 200, dtype=torch.float64)
+    speed = t.cos() * t.sin()
+    stack = lambda t: torch.stack(p.coefficients(t, 0.5))  # noqa: E731
+    tangent = torch.func.jvp(stack, (t,), (speed,))[1]
+    assert tangent.isfinite().all()
+    difference = (stack(t + 1e-5 * speed) - stack(t - 1e-5 * speed)) / 2e-5
+    torch.testing.assert_close(tangent, difference, rtol=1e-6, atol=1e-6 * p.time_scale)
+
+
+def test_the_cosine_step_is_that_of_improved_ddpm():
+    """``u_j`` by the recursion of EDM's Table 1: the time signal at noise ``u_j`` is the whole step ``M - 1 - j``."""
+    M, C_1, C_2, sigma_data = 1000, 0.001, 0.008, 0.5
+    alpha_bar = lambda j: math.sin(math.pi / 2 * j / M / (C_2 + 1)) ** 2  # noqa: E731
+    u = [0.0] * (M + 1)
+    for j in range(M, 0, -1):
+        u[j - 1] = math.sqrt((u[j] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1)
+    assert round(u[8], 1) == 80.2 and round(u[0]) == 20291 and round(u[M - 1], 4) == 0.0064
+    p = Parameterization("vp", "eps", "cosine", schedule=COSINE)
+    t = torch.tensor(u[1:M], dtype=torch.float64).div(sigma_data).atan()
+    steps = torch.arange(M - 2, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(p.coefficients(t, sigma_data).time, steps, rtol=0, atol=1e-6)
+
+
+def test_the_vp_sde_step_inverts_its_noise_level():
+    p = Parameterization("vp", "eps", "linear_beta", schedule=VP_SDE)
+    steps = torch.tensor([0.01, 1.0, 50.0, 400.0, 900.0, 999.0], dtype=torch.float64)
+    noise = vp_sde_noise(steps)
+    assert round(noise[-1].item(), 1) == 152.2
+    torch.testing.assert_close(p.coefficients((noise / 0.7).atan(), 0.7).time, steps, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("p", CONVENTIONS, ids=name)
+def test_dictionary_round_trip(p):
+    assert Parameterization(**json.loads(json.dumps(p.to_dict()))) == p
 
 
 def test_rearranged_time_tangents():
-    """``cos sin dc/dt`` is 1/4 for EDM's noise embedding and ``s (1 - s)`` for rectified flow, at every t."""
+    """``cos sin dc/dt`` is 1/4 for EDM's noise embedding, 1 for the VE-SDE's, ``s (1 - s)`` for rectified flow."""
     t = torch.linspace(0.004, 1.5645, 50, dtype=torch.float64)
     for p, expected in (
         (teachers.EDM, lambda c: torch.full_like(t, 0.25)),
+        (Parameterization("edm", "-eps", "log(sigma/2)"), torch.ones_like),
         (teachers.RECTIFIED_FLOW, lambda s: s * (1 - s)),
     ):
         time, tangent = torch.func.jvp(lambda t: p.coefficients(t, 0.5).time, (t,), (t.cos() * t.sin(),))  # noqa: B023
@@ -262,12 +312,17 @@ def test_guidance_commutes_with_the_map():
     "arguments, message",
     [
         (("ddpm", "eps", "t"), "family is 'ddpm'; allowed: edm, vp, flow, trigflow"),
-        (("edm", "eps", "sigma"), "prediction is 'eps'; family 'edm' allows: raw, x0"),
-        (("flow", "velocity", "t"), "time signal is 't'; family 'flow' allows: s, 1-s"),
+        (("edm", "eps", "sigma"), "prediction is 'eps'; family 'edm' allows: raw, x0, -eps"),
+        (("flow", "velocity", "t"), "time signal is 't'; family 'flow' allows: trigflow, s, 1-s"),
         (("flow", "velocity", "s", 1.0, 0.5), "teacher_sigma_data belongs to"),
         (("edm", "x0", "sigma", 1.0, 0.5), "teacher_sigma_data belongs to"),
         (("edm", "raw", "log_sigma/4", 1.0, -0.5), "teacher_sigma_data must be positive, got -0.5"),
         (("flow", "velocity", "s", 0.0), "time_scale must be positive, got 0.0"),
+        (("vp", "eps", "linear_beta"), "time signal 'linear_beta' needs the schedule beta_d, beta_min, M, got None"),
+        (("vp", "eps", "cosine", 1.0, None, {"M": 9}), "time signal 'cosine' needs the schedule C_2, M, got"),
+        (("vp", "eps", "cosine", 1.0, None, {"M": 0, "C_2": 1}), "schedule: M must be a positive number, got 0"),
+        (("vp", "eps", "cosine", 1.0, None, {"M": 9, "C_2": "a"}), "schedule: C_2 must be a positive number, got 'a'"),
+        (("vp", "eps", "t", 1.0, None, COSINE), "time signal 't' needs the schedule None, got"),
     ],
 )
 def test_impossible_conventions_are_refused(arguments, message):
