@@ -15,7 +15,7 @@ from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
 from teachers.diffusers import is_diffusers_folder, read_diffusers
 from teachers.networks import build, is_registered
-from teachers.networks.layers import TimeEmbedding
+from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
 
@@ -297,7 +297,7 @@ def time_embedding_speed(model: Teacher, num_times: int = 500) -> float:
 
     About 0.1 for TrigFlow, EDM's DDPM++ and SiT; above 1 a student needs a smoother embedding (sCM, section 4.1).
     """
-    embedding = next(module for module in model.native.modules() if isinstance(module, TimeEmbedding))
+    embedding = next(iter(time_embeddings(model.native).values()))
     ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / model.sigma_data
     t = torch.linspace(*torch.atan(ends).tolist(), num_times, dtype=torch.float64)
 

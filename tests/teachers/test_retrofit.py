@@ -1,0 +1,80 @@
+"""A smooth time embedding in place of a network's own."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import teachers
+from distill.jvp import check_jvp
+from teachers.networks import build
+from teachers.networks.trigflow_time import TrigFlowTime, time_embeddings
+from teachers.pretrained import time_embedding_speed
+from teachers.retrofit import fit, retrofit, training_times
+
+EDM2 = dict(
+    img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+    attn_resolutions=[4], channel_mult_noise=4, label_dropout=0.1,
+)  # fmt: skip
+
+
+def edm2_teacher():
+    torch.manual_seed(0)
+    native = build("EDM2UNet", EDM2)
+    native.out_gain.data.fill_(1.0)
+    return teachers.wrap(native, teachers.EDM, 0.5, (1, 8, 8), 3, "one_hot").eval()
+
+
+def velocities(*models):
+    generator = torch.Generator().manual_seed(1)
+    x = 0.5 * torch.randn(32, 1, 8, 8, generator=generator)
+    t, labels = torch.linspace(0.01, 1.56, 32), torch.arange(32) % 3
+    with torch.no_grad():
+        return [model(x, t, labels) for model in models]
+
+
+def relative_error(a, b):
+    return ((a - b).square().mean() / b.square().mean()).item()
+
+
+def test_edm2s_embedding_becomes_slow_and_nothing_else_changes():
+    teacher = edm2_teacher()
+    smooth = retrofit(teacher)
+    assert time_embedding_speed(teacher) > 1 > time_embedding_speed(smooth)
+    assert (smooth.parameterization.prediction, smooth.parameterization.time) == ("raw", "trigflow")
+    own, new = teacher.native.state_dict(), smooth.native.state_dict()
+    assert own.keys() - new.keys() == {"emb_fourier.freqs", "emb_fourier.phases"}
+    assert all(torch.equal(own[key], new[key]) for key in own.keys() & new.keys())
+    assert check_jvp(smooth) < 1e-3
+
+
+def test_a_slow_embedding_is_imitated(make_teacher):
+    """SiT's and DDPM++'s own embeddings are smooth already: the fitted one gives nearly the same velocity."""
+    for kind in ("SiT", "SongUNet"):
+        teacher = make_teacher(kind)
+        a, b = velocities(retrofit(teacher), teacher)
+        assert relative_error(a, b) < 1e-2
+
+
+def test_the_fit_is_ridge_regression():
+    torch.manual_seed(0)
+    embedding, t = TrigFlowTime(5), training_times(0.5)
+    true = TrigFlowTime(5).double()
+    fit(embedding, t, true(t).detach())
+    assert (embedding.double()(t) - true(t)).abs().max() < 1e-3
+
+
+def test_it_is_saved_and_loaded_and_made_a_student(tmp_path):
+    smooth = retrofit(edm2_teacher())
+    teachers.save_pretrained(smooth, tmp_path, "teacher")
+    again = teachers.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(*velocities(smooth, again), strict=True))
+    assert "emb_fourier.linear.weight" in load_file(tmp_path / "model.safetensors")
+    student = again.student(guidance_embedding=True)
+    assert student.accepts_guidance and list(time_embeddings(student.native)) == ["emb_fourier"]
+
+
+def test_what_cannot_be_retrofitted_says_so():
+    with pytest.raises(ValueError, match="Linear is not one of our networks"):
+        retrofit(teachers.wrap(torch.nn.Linear(2, 2), teachers.EDM, 0.5, (2,)))
+    with pytest.raises(ValueError, match="has a smooth time embedding already"):
+        retrofit(retrofit(edm2_teacher()))
