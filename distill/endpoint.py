@@ -1,6 +1,7 @@
-"""Endpoint error: how far the student's ``f(x_t, t)`` is from where the teacher's PF-ODE takes the same ``x_t``.
+"""How far a network is from its teacher at a few images, without features: the endpoint error of a student, which is how far
+``f(x_t, t)`` is from where the teacher's PF-ODE takes ``x_t``, and the velocity error of a network that is still a teacher.
 
-It needs a few images and no feature network, and shows divergence hundreds of steps before samples do.
+The first shows divergence hundreds of steps before samples do.
 """
 
 import torch
@@ -40,6 +41,36 @@ class EndpointError:
                 f = trigflow.consistency_function(x_t, student(x_t, t, self.labels, scale), t, student.sigma_data)
                 errors[time] = (f - self.ends[time]).square().mean().sqrt().item() / student.sigma_data
         return errors
+
+
+class VelocityError:
+    """How far a network's velocity is from that of the teacher it learns from, at fixed noisy images and six times.
+
+    Args:
+        teacher: frozen; evaluated once.
+        x0: real images ``(B, C, H, W)``; ``labels`` ``(B,)`` or ``None``.
+        seed: of the noise.
+    """
+
+    def __init__(self, teacher: Teacher, x0: Tensor, labels: Tensor | None, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        z = (teacher.sigma_data * torch.randn(x0.shape, generator=generator)).to(x0)
+        self.labels = labels
+        self.noisy = {t: trigflow.perturb(x0, z, torch.tensor(t)).to(x0) for t in TIMES}
+        self.velocities = {t: self.velocity(teacher, t) for t in TIMES}
+        self.value = float("inf")  # the last one measured
+
+    @torch.no_grad()
+    def velocity(self, network: Teacher, time: float) -> Tensor:
+        x_t = self.noisy[time]
+        with evaluation_mode(network):
+            return network(x_t, torch.full((len(x_t),), time, device=x_t.device), self.labels)
+
+    def __call__(self, network: Teacher) -> float:
+        """``mean ||F - F_teacher||^2 / mean ||F_teacher||^2`` over all of them."""
+        squared = sum((self.velocity(network, t) - F).square().mean() for t, F in self.velocities.items())
+        self.value = (squared / sum(F.square().mean() for F in self.velocities.values())).item()
+        return self.value
 
 
 def rising_at_small_t(history: list[dict[float, float]]) -> bool:

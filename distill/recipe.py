@@ -12,7 +12,7 @@ import yaml
 
 from distill.schedule import INTERMEDIATE_TIMES
 
-OBJECTIVES = ("diffusion", "distillation", "training")
+OBJECTIVES = ("diffusion", "distillation", "training", "retrofit")
 
 
 @dataclass
@@ -101,7 +101,7 @@ class EvaluationConfig:
 class Recipe:
     """One training run. ``docs/recipes.md`` explains every key."""
 
-    objective: str  # diffusion, distillation (sCD) or training (sCT)
+    objective: str  # diffusion, distillation (sCD), training (sCT) or retrofit (a smooth time embedding for a teacher)
     output_dir: str
     sigma_data: float
     max_train_steps: int
@@ -126,6 +126,8 @@ class Recipe:
     label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
     stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
     velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
+    student: str | None = None  # distillation: the network to start from, such as a retrofitted one; null: the teacher's
+    max_velocity_error: float = 0.01  # retrofit: train until the mean squared velocity error, relative to F's, is this low
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
@@ -141,6 +143,11 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     notes: str | None = None  # printed by --check, for example that a recipe was never run here
 
+    @property
+    def is_diffusion(self) -> bool:
+        """Whether a velocity is learned, for a network that is a teacher afterwards, not a consistency function."""
+        return self.objective in ("diffusion", "retrofit")
+
 
 CHOICES = {
     "objective": OBJECTIVES,
@@ -154,7 +161,7 @@ POSITIVE = (
     "sigma_data", "max_train_steps", "train_batch_size", "p_std", "gradient_accumulation_steps", "checkpointing_steps",
     "checkpoints_total_limit", "logging_steps", "validation_steps", "max_nonfinite_steps", "optimizer.learning_rate",
     "optimizer.epsilon", "optimizer.lr_reference_steps", "tangent.constant", "data.num_teacher_samples",
-    "data.teacher_steps", "evaluation.batch_size",
+    "data.teacher_steps", "evaluation.batch_size", "max_velocity_error",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "tangent.warmup_steps", "optimizer.lr_warmup_steps", "optimizer.weight_decay", "data.num_workers",
@@ -296,6 +303,10 @@ def parse_recipe(values: dict, where: str) -> Recipe:
 
 def check_consistency(recipe: Recipe, where: str) -> None:
     """Rules between keys."""
+    if recipe.objective == "retrofit" and recipe.network is not None:
+        raise ValueError(f"{where}: objective retrofit changes its teacher's network; remove network")
+    if recipe.objective != "distillation" and recipe.student is not None:
+        raise ValueError(f"{where}: student belongs to objective distillation; remove it")
     if recipe.objective == "diffusion" and (recipe.network is None) == (recipe.teacher is None):
         raise ValueError(
             f"{where}: objective diffusion needs exactly one of network (trained from scratch) and teacher (continued)"
@@ -309,7 +320,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: stable_targets and velocity_teacher are two sources of one target; remove one of them")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
-    if recipe.objective == "diffusion" and recipe.guidance_scale != 1.0:
+    if recipe.is_diffusion and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: guidance_scale belongs to objective distillation; remove it")
     if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
         raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
@@ -323,8 +334,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         len(recipe.guidance_scale) == 2 and recipe.guidance_scale[0] < recipe.guidance_scale[1]
     ):
         raise ValueError(f"{where}: guidance_scale must be a number or [low, high], got {recipe.guidance_scale}")
-    if recipe.data.source == "teacher" and recipe.objective == "diffusion":
-        raise ValueError(f"{where}: data: teacher needs a teacher, objective diffusion has none")
+    if recipe.data.source == "teacher" and recipe.is_diffusion:
+        raise ValueError(f"{where}: data: teacher belongs to the consistency objectives, not to {recipe.objective}")
     for i, ema in enumerate(recipe.ema):
         if (ema.half_life_images is None) == (ema.sigma_rel is None):
             raise ValueError(f"{where}: ema[{i}] needs exactly one of half_life_images and sigma_rel")
@@ -345,7 +356,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
 def check_targets(recipe: Recipe, where: str) -> None:
     """Rules for segments and for what makes the targets."""
     segments, half_life = recipe.segments, recipe.target_half_life_images
-    if half_life is not None and (half_life <= 0 or recipe.objective == "diffusion"):
+    if half_life is not None and (half_life <= 0 or recipe.is_diffusion):
         raise ValueError(f"{where}: target_half_life_images must be positive, and belongs to the consistency objectives")
     if segments is None:
         return

@@ -190,7 +190,7 @@ def check(recipe: Recipe) -> str:
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
-    teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe)
+    teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
     if recipe.data.source != "teacher":
         check_sigma_data(training_images(recipe), recipe)

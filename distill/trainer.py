@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from distill import checkpoint as ckpt
 from distill.data import StepSampler, training_data, training_loader
 from distill.ema import EMA
-from distill.endpoint import TIMES, EndpointError, rising_at_small_t
+from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
 from distill.model import Model
@@ -31,6 +32,7 @@ from distill.visual import plot_curves, save_grid
 from teachers import PRESETS, Parameterization, Teacher, load, load_config
 from teachers.networks import build, is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
+from teachers.retrofit import retrofit
 
 
 class TrainingError(RuntimeError):
@@ -43,7 +45,7 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
     Raises:
         ValueError: guidance of an unconditional network.
     """
-    if recipe.objective == "diffusion":
+    if recipe.is_diffusion:
         return None
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
     if scale != 1.0 and pretrained.num_classes is None:
@@ -68,12 +70,15 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
     return given
 
 
-def load_velocity_teacher(recipe: Recipe) -> Teacher | None:
-    """The frozen network that objective ``diffusion`` takes its targets from; ``None`` if they come from the data.
+def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
+    """The frozen network that objectives ``diffusion`` and ``retrofit`` (the ``pretrained`` one) take their targets from;
+    ``None`` if they come from the data.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_pretrained`; or it has no null class where labels are dropped.
     """
+    if recipe.objective == "retrofit":
+        return pretrained
     if recipe.velocity_teacher is None:
         return None
     teacher = load_fitting(recipe.velocity_teacher, recipe, for_velocity=True)
@@ -110,16 +115,19 @@ def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
 
 
 def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
-    """The network to train: a copy of the pretrained one, or a new one.
+    """The network to train: a copy of the pretrained one, changed or of another that the recipe names; or a new one.
 
     Raises:
         ValueError: a network that cannot be built, that does not fit the recipe's samples, or lacks what it needs.
     """
     if pretrained is None:
         student = new_network(recipe)
+    elif recipe.objective == "retrofit":
+        student = retrofit(pretrained)
     else:
-        student = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
-    if recipe.objective == "diffusion" and recipe.label_dropout and student.num_classes is not None:
+        start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
+        student = start.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+    if recipe.is_diffusion and recipe.label_dropout and student.num_classes is not None:
         student.require_null_class()
     set_dropout(student.native, recipe.dropout)
     return student
@@ -183,7 +191,7 @@ def uses_derivative(recipe: Recipe) -> bool:
     everywhere = segments is not None and (
         segments.everywhere_share >= 1 or segments.below >= math.pi / 2
     )
-    return recipe.objective != "diffusion" and recipe.discrete_steps is None and not everywhere
+    return not recipe.is_diffusion and recipe.discrete_steps is None and not everywhere
 
 
 def check_tracker(recipe: Recipe) -> None:
@@ -242,7 +250,8 @@ class Trainer:
         pretrained = load_pretrained(recipe, pretrained)
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
-        frozen = self.teacher or load_velocity_teacher(recipe)
+        self.velocity_teacher = load_velocity_teacher(recipe, pretrained)
+        frozen = self.teacher or self.velocity_teacher
         self.license = license_of(pretrained or frozen)
         if frozen is not None:
             frozen.to(self.device).eval()
@@ -268,6 +277,8 @@ class Trainer:
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
         self.endpoint: EndpointError | None = None
+        self.velocity_error: VelocityError | None = None
+        self.converged = False
         self.reference: Reference | None = None
         self.endpoint_history: list[dict[float, float]] = []
         self.stop_signal: signal.Signals | None = None
@@ -387,15 +398,17 @@ class Trainer:
         )  # fmt: skip
         window = Window()
         try:
-            while self.step < recipe.max_train_steps:
+            while self.step < recipe.max_train_steps and not self.converged:
                 self.train_step(batches, window)
                 bar.update()
                 if self.step % recipe.logging_steps == 0:
                     self.log(log, bar, window)
                     window = Window()
-                if self.step % recipe.validation_steps == 0 or self.step == recipe.max_train_steps:
+                last = self.step == recipe.max_train_steps
+                if self.step % recipe.validation_steps == 0 or last:
                     self.validate(log)
-                if self.step % recipe.checkpointing_steps == 0 or self.step == recipe.max_train_steps:
+                    self.check_convergence(last)
+                if self.step % recipe.checkpointing_steps == 0 or last or self.converged:
                     self.save()
                 if self.stop_signal is not None:
                     self.stop()
@@ -483,16 +496,21 @@ class Trainer:
         bar.set_postfix({**shown, "images/s": f"{values['images_per_second']:.0f}"})
 
     def prepare_validation(self, data: Dataset) -> None:
-        """Fix what validation looks at: a few training images for the endpoint error, and real features (main process)."""
-        if self.teacher is None or not self.accelerator.is_main_process:
+        """Fix what validation looks at: a few training images for the endpoint or velocity error, and real features (main
+        process).
+        """
+        if (self.teacher or self.velocity_teacher) is None or not self.accelerator.is_main_process:
             return
-        if self.recipe.evaluation.validation_samples:
-            self.reference = recipe_reference(self.recipe)
         indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.recipe.seed))[:16].tolist()
         x0 = torch.stack([data[i][0] for i in indices]).to(self.device)
         labels = None
         if self.recipe.num_classes is not None:
             labels = torch.tensor([int(data[i][1]) for i in indices], device=self.device)
+        if self.teacher is None:
+            self.velocity_error = VelocityError(self.velocity_teacher, x0, labels, self.recipe.seed)
+            return
+        if self.recipe.evaluation.validation_samples:
+            self.reference = recipe_reference(self.recipe)
         self.print("solving the teacher's ODE for the endpoint error")
         self.endpoint = EndpointError(self.teacher, x0, labels, self.recipe.seed)
 
@@ -501,8 +519,20 @@ class Trainer:
         """For a student with a guidance input: the scale its teacher has in the endpoint error."""
         return self.teacher.guidance_scale if isinstance(self.recipe.guidance_scale, list) else None
 
+    def check_convergence(self, last: bool) -> None:
+        """End objective ``retrofit`` once the velocity error that was just measured is low enough, on all processes."""
+        if self.recipe.objective != "retrofit":
+            return
+        error = torch.tensor(self.velocity_error.value if self.velocity_error else 0.0, device=self.device)
+        error, limit = broadcast(error).item(), self.recipe.max_velocity_error
+        self.converged = error <= limit
+        if self.converged:
+            self.print(f"step {self.step}: the velocity error is below {limit:g}; done")
+        elif last:
+            self.print(f"warning: the velocity error {error:.4g} is still above {limit:g}: train longer")
+
     def validate(self, log: "MetricsLog") -> None:
-        """Endpoint error, sample grid and curves from the averaged weights (main process)."""
+        """Endpoint error, velocity error, sample grid and curves from the averaged weights (main process)."""
         if not self.accelerator.is_main_process:
             return
         values = {}
@@ -517,6 +547,9 @@ class Trainer:
             self.print(f"step {self.step}: {text}")
             if rising_at_small_t(self.endpoint_history):
                 self.print("warning: the endpoint error at the smallest t is rising: training may diverge")
+        if self.velocity_error is not None:
+            values["velocity_error"] = self.velocity_error(self.student)
+            self.print(f"step {self.step}: velocity error {values['velocity_error']:.4g}")
         save_grid(self.sample_rows(), self.output_dir / "samples" / f"{self.step:07d}.png")
         log.write(self.step, values)
         self.accelerator.log(values, step=self.step)
@@ -599,7 +632,7 @@ def trained_model(trainer: Trainer) -> Model:
         extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
         if trainer.license is not None:
             training["license"] = trainer.license
-    role = "teacher" if recipe.objective == "diffusion" else "student"
+    role = "teacher" if recipe.is_diffusion else "student"
     if is_registered(network.native):
         return Model(network, model_config(network, role, **extra))
     return Model(network, {"role": role, **network.metadata(), **extra})

@@ -308,6 +308,6 @@ def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, r
 
 def build_objective(recipe: Recipe, teacher: Teacher | None):
     """The objective a recipe names; ``teacher`` is frozen, ``None`` if the recipe learns from data alone."""
-    if recipe.objective == "diffusion":
+    if recipe.is_diffusion:
         return Diffusion(recipe, teacher)
     return Consistency(recipe, teacher if recipe.objective == "distillation" else None)
