@@ -22,7 +22,7 @@ from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
-from distill.model import Model
+from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.recipe import OptimizerConfig, Recipe, to_dict
@@ -38,19 +38,27 @@ class TrainingError(RuntimeError):
 
 
 def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
-    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``.
+    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``. One in memory that
+    brings its own guidance teacher keeps it if the recipe names none.
 
     Raises:
-        ValueError: guidance of an unconditional network.
+        FileNotFoundError: the guidance teacher is not there.
+        ValueError: guidance of an unconditional network by itself, or by one that does not fit.
     """
     if recipe.objective == "diffusion":
         return None
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
-    if scale != 1.0 and pretrained.num_classes is None:
-        raise ValueError(f"teacher {recipe.teacher!r} is unconditional and cannot be guided; remove guidance_scale")
+    guide = pretrained.guidance_teacher
+    if recipe.guidance_teacher is not None:
+        guide = load_guidance_teacher(recipe.guidance_teacher)
+    if scale != 1.0 and pretrained.num_classes is None and guide is None:
+        raise ValueError(
+            f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
+            "guidance_scale"
+        )
     # Over a range the objective passes its own scales; validation looks at the lowest.
     low = scale[0] if isinstance(scale, list) else scale
-    return pretrained.guided_by(low, None if interval is None else tuple(interval))
+    return pretrained.guided_by(low, None if interval is None else tuple(interval), guide)
 
 
 def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | None:
@@ -93,11 +101,6 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
         raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
     return teacher
-
-
-def has_no_velocity(student: str) -> str:
-    """Why a student cannot stand where a teacher must."""
-    return f"{student!r} is a student: its network has no PF-ODE velocity to learn from; name its teacher instead"
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
@@ -244,6 +247,9 @@ class Trainer:
         network = build_student(recipe, pretrained)
         frozen = self.teacher or load_velocity_teacher(recipe)
         self.license = license_of(pretrained or frozen)
+        guide = None if self.teacher is None else self.teacher.guidance_teacher
+        if guide is not None and license_of(guide) != self.license:
+            self.license = "other"  # of a student that learns from two networks
         if frozen is not None:
             frozen.to(self.device).eval()
         self.objective = build_objective(recipe, frozen)
@@ -597,6 +603,8 @@ def trained_model(trainer: Trainer) -> Model:
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
         extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
+        if recipe.guidance_teacher:
+            training["guidance_teacher"] = recipe.guidance_teacher
         if trainer.license is not None:
             training["license"] = trainer.license
     role = "teacher" if recipe.objective == "diffusion" else "student"

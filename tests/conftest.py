@@ -73,3 +73,46 @@ class GaussianMixture:
 @pytest.fixture
 def mixture() -> GaussianMixture:
     return GaussianMixture()
+
+
+class MixtureNetwork(torch.nn.Module):
+    """The network that a teacher of some convention would be if it had learned the mixture perfectly."""
+
+    def __init__(self, mixture, p, own_sigma_data):
+        super().__init__()
+        self.mixture, self.p, self.own = mixture, p, own_sigma_data
+
+    def forward(self, x, time):
+        return getattr(self, self.p.family)(x, time / self.p.time_scale)
+
+    def edm(self, x, time):
+        if self.p.prediction == "x0":
+            return self.mixture.posterior(x, 1.0, time)[0]
+        sigma = (4 * time).exp()
+        s, own = sigma.view(-1, 1, 1, 1), self.own
+        norm = (s**2 + own**2).sqrt()
+        y = x * norm
+        denoised = self.mixture.posterior(y, 1.0, sigma)[0]
+        return (denoised - own**2 / norm**2 * y) * norm / (s * own)
+
+    def vp(self, x, time):
+        if self.p.time == "log_snr":  # alpha^2 / sigma^2 = e^time
+            alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
+        else:
+            alpha, sigma = time.cos(), time.sin()
+        x0, eps = self.mixture.posterior(x, alpha, sigma)
+        a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[self.p.prediction]
+
+    def flow(self, x, time):
+        s = time if self.p.time == "s" else 1 - time
+        x0, eps = self.mixture.posterior(x, 1 - s, s)
+        return eps - x0 if self.p.prediction == "velocity" else x0 - eps
+
+    def trigflow(self, x, time):
+        return self.mixture.F(x * self.own, time, self.own)
+
+
+@pytest.fixture
+def mixture_network() -> type[MixtureNetwork]:
+    return MixtureNetwork

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import distributions, nn
+from torch import distributions
 
 import teachers
 from teachers import Parameterization
@@ -12,44 +12,6 @@ from teachers import Parameterization
 
 def times(sigma_data):
     return [math.atan(0.002 / sigma_data), 0.05, 0.3, 0.8, 1.1, 1.4, 1.55, math.atan(80 / sigma_data)]
-
-
-class Native(nn.Module):
-    """The network that a teacher of some convention would be if it had learned the mixture perfectly."""
-
-    def __init__(self, mixture, p, own_sigma_data):
-        super().__init__()
-        self.mixture, self.p, self.own = mixture, p, own_sigma_data
-
-    def forward(self, x, time):
-        return getattr(self, self.p.family)(x, time / self.p.time_scale)
-
-    def edm(self, x, time):
-        if self.p.prediction == "x0":
-            return self.mixture.posterior(x, 1.0, time)[0]
-        sigma = (4 * time).exp()
-        s, own = sigma.view(-1, 1, 1, 1), self.own
-        norm = (s**2 + own**2).sqrt()
-        y = x * norm
-        denoised = self.mixture.posterior(y, 1.0, sigma)[0]
-        return (denoised - own**2 / norm**2 * y) * norm / (s * own)
-
-    def vp(self, x, time):
-        if self.p.time == "log_snr":  # alpha^2 / sigma^2 = e^time
-            alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
-        else:
-            alpha, sigma = time.cos(), time.sin()
-        x0, eps = self.mixture.posterior(x, alpha, sigma)
-        a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[self.p.prediction]
-
-    def flow(self, x, time):
-        s = time if self.p.time == "s" else 1 - time
-        x0, eps = self.mixture.posterior(x, 1 - s, s)
-        return eps - x0 if self.p.prediction == "velocity" else x0 - eps
-
-    def trigflow(self, x, time):
-        return self.mixture.F(x * self.own, time, self.own)
 
 
 CONVENTIONS = [
@@ -74,8 +36,8 @@ def name(p):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.616, 1.0])
 @pytest.mark.parametrize("p", CONVENTIONS, ids=name)
-def test_map_equals_the_exact_network(mixture, p, sigma_data):
-    native = Native(mixture, p, p.teacher_sigma_data or sigma_data)
+def test_map_equals_the_exact_network(mixture, mixture_network, p, sigma_data):
+    native = mixture_network(mixture, p, p.teacher_sigma_data or sigma_data)
     teacher = teachers.wrap(native, p, sigma_data, (2, 1, 1))
     generator = torch.Generator().manual_seed(0)
     for time in times(sigma_data):
@@ -135,10 +97,10 @@ ODES = {
 
 
 @pytest.mark.parametrize("ode", ODES)
-def test_both_odes_follow_the_same_curve(mixture, ode):
+def test_both_odes_follow_the_same_curve(mixture, mixture_network, ode):
     """The teacher's own ODE and TrigFlow's ``dx/dt = sigma_data F`` end at the same point."""
     p, slope, tau, scale = ODES[ode]
-    native = Native(mixture, p, SD)
+    native = mixture_network(mixture, p, SD)
     teacher = teachers.wrap(native, p, SD, (2, 1, 1))
     t0, t1 = 1.2, 0.2
     x = torch.randn(16, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -168,9 +130,9 @@ def test_edm_network_is_minus_trigflow_network(mixture):
     torch.testing.assert_close(teachers.EDM.to_trigflow(u, x, t, c, 0.5), -u, rtol=1e-13, atol=1e-13)
 
 
-def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture):
+def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture, mixture_network):
     """``F(x_t / sigma_data, t)`` (equation 3), unchanged."""
-    native = Native(mixture, teachers.TRIGFLOW, SD)
+    native = mixture_network(mixture, teachers.TRIGFLOW, SD)
     teacher = teachers.wrap(native, teachers.TRIGFLOW, SD, (2, 1, 1))
     x, t = torch.randn(3, 2, 1, 1, dtype=torch.float64), torch.tensor([0.0, 0.7, math.pi / 2], dtype=torch.float64)
     inner = torch.tensor([0.01, 0.7, 1.56], dtype=torch.float64)
