@@ -79,9 +79,12 @@ def list_teachers(options: argparse.Namespace) -> None:
 
 
 def inspect_teacher(options: argparse.Namespace) -> None:
-    """What is known of one model."""
-    for key, value in teachers.inspect(options.source).items():
+    """What is known of one model and, of a teacher, whether it denoises."""
+    facts = teachers.inspect(options.source)
+    for key, value in facts.items():
         print(f"{key}: {value}")
+    if facts["role"] == "teacher":
+        print(f"probe: {teachers.probe(teachers.load(options.source))['verdict']}")
 
 
 def convert_teacher(options: argparse.Namespace) -> None:

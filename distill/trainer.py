@@ -26,9 +26,9 @@ from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.recipe import OptimizerConfig, Recipe, to_dict
-from distill.sampling import generate
+from distill.sampling import device_of, generate
 from distill.visual import plot_curves, save_grid
-from teachers import PRESETS, Parameterization, Teacher, load, load_config
+from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
 from teachers.networks import build, is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
 
@@ -101,6 +101,25 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
         raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
     return teacher
+
+
+def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
+    """What :func:`teachers.probe` says of a teacher by a few images of ``data``, or by its own samples.
+
+    Raises:
+        ValueError: it denoises under another parameterization than its own.
+    """
+    images = (None, None) if data is None else few_images(data, 8, recipe, device_of(teacher))
+    return probe(teacher, *images)["verdict"]
+
+
+def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """``n`` training images, always the same, and their labels."""
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))[:n].tolist()
+    x0 = torch.stack([data[i][0] for i in indices]).to(device)
+    if recipe.num_classes is None:
+        return x0, None
+    return x0, torch.tensor([int(data[i][1]) for i in indices], device=device)
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
@@ -357,7 +376,7 @@ class Trainer:
         """
         recipe = self.recipe
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        data = training_data(recipe, self.teacher, self.output_dir / "cache")
+        data = self.probed_data()
         if recipe.stable_targets:
             self.objective.stable_targets = build_stable_targets(data, recipe, self.device)
         self.resume()
@@ -375,6 +394,15 @@ class Trainer:
         self.loop(batches, log)
         self.accelerator.end_training()
         return self.student
+
+    def probed_data(self) -> Dataset:
+        """The training set; a teacher to distil is probed on it, and before it draws the images itself."""
+        recipe, cache = self.recipe, self.output_dir / "cache"
+        own = recipe.data.source == "teacher"
+        data = None if own else training_data(recipe, self.teacher, cache)
+        if recipe.objective == "distillation":
+            self.print(f"teacher: {teacher_verdict(recipe, self.teacher, data)}")
+        return training_data(recipe, self.teacher, cache) if own else data
 
     def sampler(self, size: int) -> StepSampler:
         r, a = self.recipe, self.accelerator
@@ -494,11 +522,7 @@ class Trainer:
             return
         if self.recipe.evaluation.validation_samples:
             self.reference = recipe_reference(self.recipe)
-        indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.recipe.seed))[:16].tolist()
-        x0 = torch.stack([data[i][0] for i in indices]).to(self.device)
-        labels = None
-        if self.recipe.num_classes is not None:
-            labels = torch.tensor([int(data[i][1]) for i in indices], device=self.device)
+        x0, labels = few_images(data, 16, self.recipe, self.device)
         self.print("solving the teacher's ODE for the endpoint error")
         self.endpoint = EndpointError(self.teacher, x0, labels, self.recipe.seed)
 

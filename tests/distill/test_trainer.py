@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from safetensors.torch import load_file
 import distill
 import teachers
 from distill import checkpoint as ckpt
+from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
 from distill.recipe import parse_recipe, to_dict
+from distill.run import check, main
 from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, trained_model
 
 
@@ -364,23 +367,44 @@ def test_validation_logs_a_distance_and_the_teacher_is_guided_as_the_recipe_says
     assert build_teacher(trainer.recipe, plain).guidance_scale == 2.0 and plain.guidance_scale == 1.0
 
 
-def test_a_teacher_is_guided_by_another_network(world, make_teacher):
+def test_a_teacher_is_guided_by_another_network(world, capsys):
     folder, values = world
     weaker = str(folder / "weaker")
-    trainer = run(values, max_train_steps=2, guidance_scale=2.0, guidance_teacher=weaker)
+    values |= {"guidance_scale": 2.0, "guidance_teacher": weaker}
+    trainer = Trainer(parse_recipe(values, "test"))
     guide = trainer.teacher.guidance_teacher
     assert equal_modules(guide, teachers.load(weaker)) and not any(p.requires_grad for p in guide.parameters())
-    assert not guide.training and trainer.student.guidance_teacher is None
-    assert not equal(trainer, run(values, max_train_steps=2, guidance_scale=2.0))  # guided by its own null class
-    model = trained_model(trainer)
-    save_model(model, folder / "student")
-    assert teachers.load_config(folder / "student")["training"]["guidance_teacher"] == weaker
-    assert teachers.load(folder / "student").native.state_dict().keys() == trainer.network.native.state_dict().keys()
-    # The images of data: teacher are those of the guided teacher, in a cache of their own.
-    data = {"source": "teacher", "num_teacher_samples": 32, "teacher_steps": 2}
-    for changes in ({}, {"guidance_teacher": weaker}):
-        run(values, data=data, max_train_steps=2, guidance_scale=2.0, **changes)
-    assert len(list((folder / "run/cache").iterdir())) == 2
+    assert not guide.training and trainer.student.guidance_teacher is None and trainer.network.guidance_teacher is None
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    quick = ["evaluation.features=pixels", "evaluation.num_samples=50", "evaluation.teacher_steps=2"]
+    assert main([str(path), "max_train_steps=2", "evaluation.num_inference_steps=[1]", *quick]) == 0
+    assert teachers.load_config(folder / "run")["training"]["guidance_teacher"] == weaker
+    student = load_file(folder / "run/student/model.safetensors")
+    assert student.keys() == trainer.network.native.state_dict().keys()
+
+
+def test_samples_of_a_guided_teacher_are_cached_apart(world):
+    folder, values = world
+    values |= {"data": {"source": "teacher", "num_teacher_samples": 8, "teacher_steps": 2}, "guidance_scale": 2.0}
+    teacher, images = teachers.load(folder / "teacher"), []
+    for changes in ({}, {"guidance_teacher": str(folder / "weaker")}):
+        recipe = parse_recipe({**values, **changes}, "test")
+        images.append(teacher_samples(build_teacher(recipe, teacher), recipe, folder / "cache")[0])
+    assert len(list((folder / "cache").iterdir())) == 2 and not torch.equal(*images)
+
+
+def test_check_counts_the_guidance_teacher(world, make_teacher):
+    folder, values = world
+    large = make_teacher("SiT", hidden_size=192, depth=4)
+    teachers.save_pretrained(large, folder / "large", "teacher")
+
+    def weights_in_mib(**changes):
+        printed = check(parse_recipe({**values, "guidance_scale": 2.0, **changes}, "test"))
+        return int(re.search(r"\(([\d,]+) for weights", printed)[1].replace(",", ""))
+
+    added = weights_in_mib(guidance_teacher=str(folder / "large")) - weights_in_mib()
+    assert abs(added - 4 * sum(p.numel() for p in large.parameters()) / 2**20) <= 1
 
 
 def test_a_teacher_in_memory_keeps_its_guidance_teacher(world, make_teacher):
