@@ -25,7 +25,7 @@ def sample(options: argparse.Namespace) -> None:
     labels = repeat_labels(options.labels, options.num)
     images = model.sample(
         options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True,
-        solver=options.solver,
+        solver=options.solver, guidance_teacher=options.guidance_teacher,
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix.lower() == ".png":
@@ -54,7 +54,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
     model = from_pretrained(options.source)
     steps = options.steps or DEFAULT_STEPS[model.role]
-    scores = model.evaluate(options.num, steps, options.features, options.data, options.seed, progress=True)
+    scores = model.evaluate(
+        options.num, steps, options.features, options.data, options.seed, progress=True,
+        guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher,
+    )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
         teachers.pretrained.write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
@@ -76,9 +79,12 @@ def list_teachers(options: argparse.Namespace) -> None:
 
 
 def inspect_teacher(options: argparse.Namespace) -> None:
-    """What is known of one model."""
-    for key, value in teachers.inspect(options.source).items():
+    """What is known of one model and, of a teacher, whether it denoises."""
+    facts = teachers.inspect(options.source)
+    for key, value in facts.items():
         print(f"{key}: {value}")
+    if facts["role"] == "teacher":
+        print(f"probe: {teachers.probe(teachers.load(options.source))['verdict']}")
 
 
 def convert_teacher(options: argparse.Namespace) -> None:
@@ -97,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--num", type=int, default=64, help="number of images (64)")
     add_steps_and_seed(p)
     p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
-    p.add_argument("--guidance-scale", type=float, help="guidance of a teacher, or of a student distilled over a range")
+    add_guidance(p)
     p.add_argument("--batch-size", type=int, default=250)
     p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
@@ -107,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(p)
     p.add_argument("--num", type=int, default=10_000, help="number of samples (10000)")
     add_steps_and_seed(p)
+    add_guidance(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
@@ -139,6 +146,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="student: evaluations (2); teacher: Heun steps (18, 35 NFE)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    scale = "guidance of a teacher, or of a student distilled over a range"
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help=scale)
+    name = "network that a teacher is guided away from (its own null class)"
+    parser.add_argument("--guidance-teacher", metavar="SOURCE", help=name)
 
 
 def sentence(error: Exception) -> str:

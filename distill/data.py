@@ -183,6 +183,8 @@ def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tens
     """
     config = recipe.data
     guidance = [teacher.guidance_scale, teacher.guidance_interval]
+    if teacher.guidance_teacher is not None:
+        guidance.append(teacher.guidance_teacher.metadata())
     facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, guidance, teacher.metadata()]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for _, tensor in sorted(teacher.state_dict().items()):

@@ -118,6 +118,7 @@ class Recipe:
     # Guidance of the teacher: a scale to bake in, or [low, high] to make the scale an input of the student.
     guidance_scale: float | list[float] = 1.0
     guidance_interval: list[float] | None = None  # TrigFlow times [low, high]
+    guidance_teacher: str | None = None  # the network to guide away from; null: the teacher with its null class
     tangent: TangentConfig = field(default_factory=TangentConfig)
     segments: SegmentConfig | None = None
     target_half_life_images: float | None = None  # targets are made by an EMA of the student; null: by the student itself
@@ -330,6 +331,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: guidance_interval must be [low, high], got {interval}")
     if interval is not None and recipe.guidance_scale == 1.0:
         raise ValueError(f"{where}: guidance_interval needs a guidance_scale other than 1")
+    if recipe.guidance_teacher is not None and recipe.guidance_scale == 1.0:
+        raise ValueError(f"{where}: guidance_teacher needs a guidance_scale other than 1")
     if isinstance(recipe.guidance_scale, list) and not (
         len(recipe.guidance_scale) == 2 and recipe.guidance_scale[0] < recipe.guidance_scale[1]
     ):

@@ -37,6 +37,7 @@ from distill.trainer import (
     load_pretrained,
     load_velocity_teacher,
     save_model,
+    teacher_verdict,
     trained_model,
     uses_derivative,
 )
@@ -185,15 +186,19 @@ def check_output_dir(path: Path) -> None:
 
 
 def check(recipe: Recipe) -> str:
-    """Validate a recipe without training: files, shapes, labels, the network's derivative, and a memory estimate."""
+    """Validate a recipe without training: files, shapes, labels, whether the teacher denoises, the network's
+    derivative, and a memory estimate.
+    """
     check_output_dir(Path(recipe.output_dir))
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
     teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
-    if recipe.data.source != "teacher":
-        check_sigma_data(training_images(recipe), recipe)
+    data = None if recipe.data.source == "teacher" else training_images(recipe)
+    if data is not None:
+        check_sigma_data(data, recipe)
+    verdict = teacher_verdict(recipe, teacher, data) if recipe.objective == "distillation" else None
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
@@ -209,6 +214,8 @@ def check(recipe: Recipe) -> str:
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]
+    if verdict is not None:
+        lines.append(f"teacher: {verdict}")
     if jvp_error is not None:
         lines.append(f"derivative along the PF-ODE: within {jvp_error:.0e} of finite differences")
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))

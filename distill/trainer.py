@@ -23,13 +23,13 @@ from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
-from distill.model import Model
+from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.recipe import OptimizerConfig, Recipe, to_dict
-from distill.sampling import generate
+from distill.sampling import device_of, generate
 from distill.visual import plot_curves, save_grid
-from teachers import PRESETS, Parameterization, Teacher, load, load_config
+from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
 from teachers.networks import build, is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
 from teachers.retrofit import retrofit
@@ -40,19 +40,27 @@ class TrainingError(RuntimeError):
 
 
 def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
-    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``.
+    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``. One in memory that
+    brings its own guidance teacher keeps it if the recipe names none.
 
     Raises:
-        ValueError: guidance of an unconditional network.
+        FileNotFoundError: the guidance teacher is not there.
+        ValueError: guidance of an unconditional network by itself, or by one that does not fit.
     """
     if recipe.is_diffusion:
         return None
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
-    if scale != 1.0 and pretrained.num_classes is None:
-        raise ValueError(f"teacher {recipe.teacher!r} is unconditional and cannot be guided; remove guidance_scale")
+    guide = pretrained.guidance_teacher
+    if recipe.guidance_teacher is not None:
+        guide = load_guidance_teacher(recipe.guidance_teacher)
+    if scale != 1.0 and pretrained.num_classes is None and guide is None:
+        raise ValueError(
+            f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
+            "guidance_scale"
+        )
     # Over a range the objective passes its own scales; validation looks at the lowest.
     low = scale[0] if isinstance(scale, list) else scale
-    return pretrained.guided_by(low, None if interval is None else tuple(interval))
+    return pretrained.guided_by(low, None if interval is None else tuple(interval), guide)
 
 
 def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | None:
@@ -100,9 +108,23 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     return teacher
 
 
-def has_no_velocity(student: str) -> str:
-    """Why a student cannot stand where a teacher must."""
-    return f"{student!r} is a student: its network has no PF-ODE velocity to learn from; name its teacher instead"
+def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
+    """What :func:`teachers.probe` says of a teacher by a few images of ``data``, or by its own samples.
+
+    Raises:
+        ValueError: it denoises under another parameterization than its own.
+    """
+    images = (None, None) if data is None else few_images(data, 8, recipe, device_of(teacher))
+    return probe(teacher, *images)["verdict"]
+
+
+def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """``n`` training images, always the same, and their labels."""
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))[:n].tolist()
+    x0 = torch.stack([data[i][0] for i in indices]).to(device)
+    if recipe.num_classes is None:
+        return x0, None
+    return x0, torch.tensor([int(data[i][1]) for i in indices], device=device)
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
@@ -253,6 +275,9 @@ class Trainer:
         self.velocity_teacher = load_velocity_teacher(recipe, pretrained)
         frozen = self.teacher or self.velocity_teacher
         self.license = license_of(pretrained or frozen)
+        guide = None if self.teacher is None else self.teacher.guidance_teacher
+        if guide is not None and license_of(guide) != self.license:
+            self.license = "other"  # of a student that learns from two networks
         if frozen is not None:
             frozen.to(self.device).eval()
         self.objective = build_objective(recipe, frozen)
@@ -362,7 +387,7 @@ class Trainer:
         """
         recipe = self.recipe
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        data = training_data(recipe, self.teacher, self.output_dir / "cache")
+        data = self.probed_data()
         if recipe.stable_targets:
             self.objective.stable_targets = build_stable_targets(data, recipe, self.device)
         self.resume()
@@ -380,6 +405,15 @@ class Trainer:
         self.loop(batches, log)
         self.accelerator.end_training()
         return self.student
+
+    def probed_data(self) -> Dataset:
+        """The training set; a teacher to distil is probed on it, and before it draws the images itself."""
+        recipe, cache = self.recipe, self.output_dir / "cache"
+        own = recipe.data.source == "teacher"
+        data = None if own else training_data(recipe, self.teacher, cache)
+        if recipe.objective == "distillation":
+            self.print(f"teacher: {teacher_verdict(recipe, self.teacher, data)}")
+        return training_data(recipe, self.teacher, cache) if own else data
 
     def sampler(self, size: int) -> StepSampler:
         r, a = self.recipe, self.accelerator
@@ -501,11 +535,7 @@ class Trainer:
         """
         if (self.teacher or self.velocity_teacher) is None or not self.accelerator.is_main_process:
             return
-        indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.recipe.seed))[:16].tolist()
-        x0 = torch.stack([data[i][0] for i in indices]).to(self.device)
-        labels = None
-        if self.recipe.num_classes is not None:
-            labels = torch.tensor([int(data[i][1]) for i in indices], device=self.device)
+        x0, labels = few_images(data, 16, self.recipe, self.device)
         if self.teacher is None:
             self.velocity_error = VelocityError(self.velocity_teacher, x0, labels, self.recipe.seed)
             return
@@ -630,6 +660,8 @@ def trained_model(trainer: Trainer) -> Model:
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
         extra |= {"teacher": recipe.teacher, key: recipe.guidance_scale}
+        if recipe.guidance_teacher:
+            training["guidance_teacher"] = recipe.guidance_teacher
         if trainer.license is not None:
             training["license"] = trainer.license
     role = "teacher" if recipe.is_diffusion else "student"

@@ -26,10 +26,14 @@ class Teacher(nn.Module):
         num_classes: number of classes, ``None`` if unconditional.
         label_format: ``"index"`` passes integers with ``num_classes`` as the null class, ``"one_hot"`` passes
             ``(B, num_classes)`` with zeros as the null class.
-        guidance_scale: classifier-free guidance ``F_null + w (F_label - F_null)``; 1 evaluates the conditional
-            network only.
+        guidance_scale: guidance ``F_g + w (F - F_g)``, where ``F_g`` is the network with the null class
+            (classifier-free) or the ``guidance_teacher``; 1 evaluates the network itself only.
         guidance_interval: TrigFlow times ``(low, high)`` inside which guidance is applied (arXiv 2404.07724);
             ``None`` applies it everywhere.
+        guidance_teacher: a second network to guide away from, in place of the null class of the first: an unconditional
+            one (EDM2, arXiv 2312.02696), or a weaker one, which gets the same labels (autoguidance, arXiv 2406.02507).
+            Its own guidance is ignored. It is part of this module, and so moves with it, but stays in eval mode and is
+            in no student and no saved model.
         source: the name or path it was loaded from, for messages and cards.
     """
 
@@ -44,6 +48,7 @@ class Teacher(nn.Module):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         source: str | None = None,
+        guidance_teacher: "Teacher | None" = None,
     ):
         super().__init__()
         if label_format not in LABEL_FORMATS:
@@ -59,6 +64,10 @@ class Teacher(nn.Module):
         self.guidance_scale = guidance_scale
         self.guidance_interval = guidance_interval
         self.source = source
+        self.guidance_teacher = guidance_teacher
+        if guidance_teacher is not None:
+            self.check_guidance_teacher(guidance_teacher)
+            guidance_teacher.eval()
 
     @property
     def accepts_guidance(self) -> bool:
@@ -70,11 +79,11 @@ class Teacher(nn.Module):
         rounded below fp32), integer ``labels`` ``(B,)`` (``num_classes`` is the null class; ``None`` is all null).
 
         ``guidance`` ``(B,)`` holds one guidance scale per sample, in place of ``guidance_scale``: a network with a
-        guidance input is asked for that scale in one evaluation, any other one is guided with it classifier-free.
+        guidance input is asked for that scale in one evaluation, any other one is guided with it.
 
         Raises:
-            ValueError: samples of another shape, guidance without classes or labels, a network whose result has
-                another shape than its input.
+            ValueError: samples of another shape, guidance without labels or anything to guide from, a network whose
+                result has another shape than its input.
         """
         if self.accepts_guidance:
             return self.evaluate(x_t, t, labels, guidance)
@@ -85,7 +94,7 @@ class Teacher(nn.Module):
     def evaluate(
         self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
-        """One evaluation of the native network, without classifier-free guidance."""
+        """One evaluation of the native network, without guidance."""
         if tuple(x_t.shape[1:]) != self.sample_shape:
             got, own = tuple(x_t.shape[1:]), self.sample_shape
             raise ValueError(f"samples have shape {got}, but {self.source or 'this model'} takes {own}")
@@ -104,22 +113,49 @@ class Teacher(nn.Module):
         return self.parameterization.to_trigflow(u.to(x_t.dtype), x_t, t, c, self.sigma_data)
 
     def guided(self, x_t: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor) -> Tensor:
-        """Classifier-free guidance at scales ``(B,)``: both conditions in one batch, combined on ``F`` (guidance
-        commutes with the affine map).
-        """
-        if self.num_classes is None:
-            raise ValueError(f"{self.source or 'this model'} is unconditional and cannot be guided")
-        if labels is None:
-            raise ValueError("classifier-free guidance needs labels, got none")
-        self.require_null_class()
-        null = torch.full_like(labels, self.num_classes)
-        both = self.evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
-        conditional, unconditional = both.chunk(2)
+        """Guidance ``F_g + w (F - F_g)`` at scales ``(B,)``, combined on ``F`` (guidance commutes with the affine map)."""
+        if self.num_classes is not None and labels is None:
+            raise ValueError("guidance needs labels, got none")
+        F, F_g = self.null_class_pair(x_t, t, labels) if self.guidance_teacher is None else self.pair(x_t, t, labels)
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             scale = torch.where((t >= low) & (t <= high), scale, 1.0)
         scale = scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
-        return unconditional + scale * (conditional - unconditional)
+        return F_g + scale * (F - F_g)
+
+    def null_class_pair(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``F`` with the labels and with the null class, in one batch."""
+        if self.num_classes is None:
+            raise ValueError(f"{self.source or 'this model'} is unconditional and cannot be guided")
+        self.require_null_class()
+        null = torch.full_like(labels, self.num_classes)
+        both = self.evaluate(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]))
+        return both.chunk(2)
+
+    def pair(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``F`` of this network and of its guidance teacher, each through its own parameterization."""
+        guide = self.guidance_teacher
+        return self.evaluate(x_t, t, labels), guide.evaluate(x_t, t, None if guide.num_classes is None else labels)
+
+    def check_guidance_teacher(self, guide: "Teacher") -> None:
+        """Raise ``ValueError`` unless ``guide`` is a network for the same samples, with the same classes or none."""
+        name = f"guidance teacher {guide.source!r}" if guide.source else "the guidance teacher"
+        if self.accepts_guidance:
+            raise ValueError(f"{self.source or 'this model'} takes the guidance scale as an input and no guidance teacher")
+        for key in ("sample_shape", "sigma_data"):
+            own, other = getattr(self, key), getattr(guide, key)
+            if own != other:
+                raise ValueError(f"{name} has {key} {other}, the teacher that it guides has {own}")
+        if guide.num_classes not in (None, self.num_classes):
+            own = "none" if self.num_classes is None else self.num_classes
+            raise ValueError(f"{name} has {guide.num_classes} classes, the teacher that it guides has {own}")
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """As ``nn.Module.train``; the guidance teacher stays in eval mode."""
+        super().train(mode)
+        if self.guidance_teacher is not None:
+            self.guidance_teacher.eval()
+        return self
 
     def native_labels(self, labels: Tensor | None, batch: int, device) -> Tensor:
         """Labels as the native network wants them."""
@@ -148,7 +184,7 @@ class Teacher(nn.Module):
             raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {last}")
 
     def student(self, guidance_embedding: bool = False) -> "Teacher":
-        """A trainable copy with the same convention, without classifier-free guidance, sharing nothing.
+        """A trainable copy with the same convention, without guidance, sharing nothing.
 
         With ``guidance_embedding`` the native network is rebuilt with its zero-initialised guidance input. A frozen
         teacher's copy trains again, except for what its network never trains (position tables).
@@ -165,11 +201,20 @@ class Teacher(nn.Module):
         )  # fmt: skip
         return twin.train(self.training)
 
-    def guided_by(self, guidance_scale: float, guidance_interval: tuple[float, float] | None = None) -> "Teacher":
-        """The same network, not copied, under another guidance."""
+    def guided_by(
+        self,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_teacher: "Teacher | None" = None,
+    ) -> "Teacher":
+        """The same network, not copied, under another guidance; see :class:`Teacher` for the arguments.
+
+        Raises:
+            ValueError: a guidance teacher for other samples or classes, or with another ``sigma_data``.
+        """
         twin = Teacher(
             self.native, self.parameterization, self.sigma_data, self.sample_shape, self.num_classes, self.label_format,
-            guidance_scale, guidance_interval, self.source,
+            guidance_scale, guidance_interval, self.source, guidance_teacher,
         )  # fmt: skip
         return twin.train(self.training)
 

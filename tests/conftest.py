@@ -1,5 +1,7 @@
 """Small real networks that every test shares, and an analytic Gaussian mixture."""
 
+import math
+
 import pytest
 import torch
 
@@ -73,3 +75,72 @@ class GaussianMixture:
 @pytest.fixture
 def mixture() -> GaussianMixture:
     return GaussianMixture()
+
+
+# Noise-to-signal ratio of a network's step, forwards: what VPPrecond, iDDPMPrecond and DDPM's schedule invert.
+def vp_sde_noise(step):
+    tau = step / 999
+    return torch.expm1(19.9 / 2 * tau**2 + 0.1 * tau).sqrt()
+
+
+def cosine_noise(step):
+    """``1 + noise^2`` is ``1 / alpha_bar``, with alpha_bar of the clean end divided out; as cot^2 to keep its digits."""
+    angle = math.pi / 2 / 1.008 * (999 - step) / 1000
+    end = torch.tensor(math.pi / 2 / 1.008, dtype=torch.float64)
+    return (torch.sin(end - angle) * torch.sin(end + angle)).sqrt() / angle.sin()  # sin^2 end - sin^2 angle, factored
+
+
+def ddpm_noise(step):
+    """At whole steps."""
+    kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[step.round().long()]
+    return ((1 - kept) / kept).sqrt()
+
+
+class MixtureNetwork(torch.nn.Module):
+    """The network that a teacher of some convention would be if it had learned the mixture perfectly."""
+
+    noise = {"linear_beta": vp_sde_noise, "cosine": cosine_noise, "ddpm_linear": ddpm_noise}
+
+    def __init__(self, mixture, p, own_sigma_data):
+        super().__init__()
+        self.mixture, self.p, self.own = mixture, p, own_sigma_data
+
+    def forward(self, x, time):
+        return getattr(self, self.p.family)(x, time / self.p.time_scale)
+
+    def edm(self, x, time):
+        if self.p.prediction == "x0":
+            return self.mixture.posterior(x, 1.0, time)[0]
+        if self.p.prediction == "-eps":
+            return -self.mixture.posterior(x, 1.0, 2 * time.exp())[1]
+        sigma = (4 * time).exp()
+        s, own = sigma.view(-1, 1, 1, 1), self.own
+        norm = (s**2 + own**2).sqrt()
+        y = x * norm
+        denoised = self.mixture.posterior(y, 1.0, sigma)[0]
+        return (denoised - own**2 / norm**2 * y) * norm / (s * own)
+
+    def vp(self, x, time):
+        if self.p.time == "log_snr":  # alpha^2 / sigma^2 = e^time
+            alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
+        elif self.p.time in self.noise:  # (alpha, sigma) = (1, noise) / sqrt(1 + noise^2)
+            alpha = torch.rsqrt(1 + self.noise[self.p.time](time) ** 2)
+            sigma = self.noise[self.p.time](time) * alpha
+        else:
+            alpha, sigma = time.cos(), time.sin()
+        x0, eps = self.mixture.posterior(x, alpha, sigma)
+        a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[self.p.prediction]
+
+    def flow(self, x, time):
+        s = time if self.p.time == "s" else 1 - time
+        x0, eps = self.mixture.posterior(x, 1 - s, s)
+        return eps - x0 if self.p.prediction == "velocity" else x0 - eps
+
+    def trigflow(self, x, time):
+        return self.mixture.F(x * self.own, time, self.own)
+
+
+@pytest.fixture
+def mixture_network() -> type[MixtureNetwork]:
+    return MixtureNetwork

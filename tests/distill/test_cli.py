@@ -35,6 +35,21 @@ def test_sample_a_grid(model, tmp_path, capsys):
     assert Image.open(out).size == (5 * 10 * 2, 2 * 10 * 2)  # the last row is not full
 
 
+def test_a_teacher_is_sampled_with_a_guidance_teacher(tmp_path):
+    arrays = []
+    for changes in ([], ["--guidance-scale", "2"], ["--guidance-scale", "2", "--guidance-teacher", "mnist-flow"]):
+        command = ["sample", "mnist-edm", "--num", "2", "--steps", "3", "--out", str(tmp_path / "samples.npz"), *changes]
+        assert cli.main(command) == 0
+        with np.load(tmp_path / "samples.npz") as samples:
+            arrays.append(samples["images"])
+    guide, teacher = teachers.load("mnist-flow"), distill.from_pretrained("mnist-edm")
+    images = teacher.sample(2, 3, guidance_scale=2.0, guidance_teacher=guide)
+    expected = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(arrays[2], expected)
+    assert not any(np.array_equal(arrays[i], arrays[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
+    assert teacher.network.guidance_teacher is None
+
+
 def test_sample_arrays(model, tmp_path):
     out = tmp_path / "samples.npz"
     assert cli.main(["sample", model, "--num", "7", "--out", str(out)]) == 0
@@ -92,6 +107,12 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--guidance-scale", "nan", "--out", "x.png"], "must be a finite number, got nan"),
         (["sample", "mnist-edm", "--seed", str(2**70), "--out", "x.png"], "seed must be from 0"),
         (["sample", "mnist-edm-scm", "--solver", "dpmpp_2m", "--out", "x.png"], "a student solves no ODE"),
+        (["sample", "mnist-edm", "--guidance-teacher", "mnist-flow", "--out", "x.png"], "needs a guidance_scale"),
+        (["sample", "mnist-edm", "--guidance-scale", "2", "--guidance-teacher", "mnist-flo", "--out", "x.png"],
+         "did you mean 'mnist-flow'?"),
+        (["sample", "mnist-edm", "--guidance-scale", "2", "--guidance-teacher", "mnist-edm-scm", "--out", "x.png"],
+         "'mnist-edm-scm' is a student"),
+        (["evaluate", "mnist-edm-scm", "--guidance-scale", "2", "--guidance-teacher", "mnist-flow"], "for a teacher"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
     ],
 )
@@ -113,6 +134,7 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (["mnist.yaml", "evaluation.also=[mnist-edm]"], "mnist-edm is not a student"),
         (["mnist.yaml", "evaluation.features=inception"], "allowed: MNIST-CNN, pixels"),
         (["mnist.yaml", "teacher=mnist-edm-scm"], "'mnist-edm-scm' is a student"),
+        (["mnist.yaml", "guidance_scale=2", "guidance_teacher=mnist-edm-scm", "--check"], "name its teacher instead"),
         (["teachers/mnist-edm.yaml", "network=null", "teacher=mnist-edm", "stable_targets=false",
           "velocity_teacher=mnist-edm-scm", "--check"], "name its teacher instead"),
         (["mnist.yaml", "output_dir=LICENSE/run", "--check"], "LICENSE is a file"),
@@ -142,6 +164,35 @@ def test_a_recipe_for_a_teacher_that_is_not_here_says_which(recipe, teacher, cap
     assert run.main([recipe, "--check"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"no model {teacher!r}" in error and "not run here" in error
+
+
+@pytest.fixture
+def mistaken(tmp_path):
+    """``mnist-flow`` saved as if its time ran the other way."""
+    teacher = teachers.load("mnist-flow")
+    teacher.parameterization = teachers.Parameterization("flow", "velocity", "1-s")
+    teachers.save_pretrained(teacher, tmp_path / "mistaken", "teacher")
+    return str(tmp_path / "mistaken")
+
+
+def test_a_teacher_under_a_wrong_convention_is_refused_before_training(mistaken, tmp_path, capsys):
+    for changes in (["--check"], ["--check", "data=teacher"], [], ["data=teacher"]):
+        arguments = ["mnist-flow.yaml", f"teacher={mistaken}", f"output_dir={tmp_path / 'run'}", *changes]
+        assert run.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "mistaken denoises badly under its parameterization Parameterization(" in error
+        assert "under RECTIFIED_FLOW it is 0." in error and ("on its own samples" in error) == ("data=teacher" in changes)
+    assert not list((tmp_path / "run").glob("*"))
+    assert cli.main(["teachers", "inspect", mistaken]) == 1
+    captured = capsys.readouterr()
+    assert "network: SiT" in captured.out and "under RECTIFIED_FLOW it is 0." in captured.err
+
+
+def test_inspect_tells_whether_a_teacher_denoises(model, capsys):
+    assert cli.main(["teachers", "inspect", "mnist-flow"]) == 0
+    assert "probe: its parameterization fits: denoising error 0." in capsys.readouterr().out
+    assert cli.main(["teachers", "inspect", model]) == 0  # a student
+    assert "probe" not in capsys.readouterr().out
 
 
 def test_activations_are_counted(make_teacher):

@@ -96,6 +96,8 @@ def test_an_unquoted_no_is_the_word():
         ({"tangent": {"warmup_steps": -1}}, "tangent.warmup_steps must be 0 or more, got -1"),
         ({"discrete_steps": 1}, "discrete_steps must be 2 or more"),
         ({"guidance_interval": [0.2, 1.0]}, "guidance_interval needs a guidance_scale other than 1"),
+        ({"guidance_teacher": "mnist-flow"}, "guidance_teacher needs a guidance_scale other than 1"),
+        ({"guidance_teachers": "mnist-flow"}, "unknown key guidance_teachers; did you mean guidance_teacher?"),
         ({"guidance_scale": 2.0, "guidance_interval": [1.0, 0.2]}, r"guidance_interval must be \[low, high\]"),
         ({"ema": [{"half_life_images": 0.0}]}, r"ema\[0\].half_life_images must be positive"),
         ({"segments": {}}, "segments need target_half_life_images"),

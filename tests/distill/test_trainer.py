@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from safetensors.torch import load_file
 import distill
 import teachers
 from distill import checkpoint as ckpt
+from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
 from distill.recipe import parse_recipe, to_dict
+from distill.run import check, main
 from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, trained_model
 
 
@@ -30,6 +33,7 @@ from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate
 def world(make_teacher, tmp_path):
     """A teacher on disk, a data set that fits it, and a recipe as plain values."""
     teachers.save_pretrained(make_teacher("SongUNet"), tmp_path / "teacher", "teacher")
+    teachers.save_pretrained(make_teacher("SiT", depth=1), tmp_path / "weaker", "teacher")
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.randn(64, 8, 8, generator=generator) * 68 + 127).clamp(0, 255).byte().numpy()
     features = Features({"image": Image(), "label": Value("int64")})
@@ -62,12 +66,17 @@ def equal(a, b):
 SEGMENTS = {"segments": {"everywhere_share": 0.6, "below": 0.5}, "target_half_life_images": 30.0}
 
 
+GUIDED = {"guidance_scale": [1.0, 3.0], "guidance_teacher": "WEAKER"}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"objective": "training"}, {"discrete_steps": 16}, SEGMENTS], ids=["sCD", "sCT", "discrete", "segments"]
+    "changes",
+    [{}, {"objective": "training"}, {"discrete_steps": 16}, SEGMENTS, GUIDED],
+    ids=["sCD", "sCT", "discrete", "segments", "guided"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, changes):
     folder, values = world
-    values |= changes
+    values |= {key: str(folder / "weaker") if value == "WEAKER" else value for key, value in changes.items()}
     whole = run(values, output_dir=str(folder / "whole"))
     parts = parse_recipe({**values, "output_dir": str(folder / "parts")}, "test")
     first = Trainer(parts)
@@ -356,6 +365,85 @@ def test_validation_logs_a_distance_and_the_teacher_is_guided_as_the_recipe_says
     plain = teachers.load(folder / "teacher")
     assert (trainer.teacher.guidance_scale, trainer.teacher.guidance_interval) == (2.0, (0.2, 1.4))
     assert build_teacher(trainer.recipe, plain).guidance_scale == 2.0 and plain.guidance_scale == 1.0
+
+
+def test_a_teacher_is_guided_by_another_network(world, capsys):
+    folder, values = world
+    weaker = str(folder / "weaker")
+    values |= {"guidance_scale": 2.0, "guidance_teacher": weaker}
+    trainer = Trainer(parse_recipe(values, "test"))
+    guide = trainer.teacher.guidance_teacher
+    assert equal_modules(guide, teachers.load(weaker)) and not any(p.requires_grad for p in guide.parameters())
+    assert not guide.training and trainer.student.guidance_teacher is None and trainer.network.guidance_teacher is None
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    quick = ["evaluation.features=pixels", "evaluation.num_samples=50", "evaluation.teacher_steps=2"]
+    assert main([str(path), "max_train_steps=2", "evaluation.num_inference_steps=[1]", *quick]) == 0
+    assert teachers.load_config(folder / "run")["training"]["guidance_teacher"] == weaker
+    student = load_file(folder / "run/student/model.safetensors")
+    assert student.keys() == trainer.network.native.state_dict().keys()
+
+
+def test_samples_of_a_guided_teacher_are_cached_apart(world):
+    folder, values = world
+    values |= {"data": {"source": "teacher", "num_teacher_samples": 8, "teacher_steps": 2}, "guidance_scale": 2.0}
+    teacher, images = teachers.load(folder / "teacher"), []
+    for changes in ({}, {"guidance_teacher": str(folder / "weaker")}):
+        recipe = parse_recipe({**values, **changes}, "test")
+        images.append(teacher_samples(build_teacher(recipe, teacher), recipe, folder / "cache")[0])
+    assert len(list((folder / "cache").iterdir())) == 2 and not torch.equal(*images)
+
+
+def test_check_counts_the_guidance_teacher(world, make_teacher):
+    folder, values = world
+    large = make_teacher("SiT", hidden_size=192, depth=4)
+    teachers.save_pretrained(large, folder / "large", "teacher")
+
+    def weights_in_mib(**changes):
+        printed = check(parse_recipe({**values, "guidance_scale": 2.0, **changes}, "test"))
+        return int(re.search(r"\(([\d,]+) for weights", printed)[1].replace(",", ""))
+
+    added = weights_in_mib(guidance_teacher=str(folder / "large")) - weights_in_mib()
+    assert abs(added - 4 * sum(p.numel() for p in large.parameters()) / 2**20) <= 1
+
+
+def test_a_teacher_in_memory_keeps_its_guidance_teacher(world, make_teacher):
+    folder, values = world
+    guide = make_teacher("SongUNet", classes=None, label_dim=0)
+    teacher = make_teacher("SongUNet").guided_by(1.5, None, guide)
+    recipe = parse_recipe({**values, "teacher": "in memory", "guidance_scale": 2.0}, "test")
+    assert build_teacher(recipe, teacher).guidance_teacher is guide
+    recipe.guidance_teacher = str(folder / "weaker")
+    assert build_teacher(recipe, teacher).guidance_teacher.source == str(folder / "weaker")
+
+
+def test_guidance_teachers_that_do_not_fit_are_refused(world, make_teacher):
+    folder, values = world
+    values |= {"guidance_scale": 2.0, "guidance_teacher": str(folder / "other")}
+    with pytest.raises(FileNotFoundError, match="no model"):
+        run(values)
+    for changes, message in (
+        (dict(sigma_data=0.7), "guidance teacher '.*other' has sigma_data 0.7, the teacher that it guides has 0.5"),
+        (dict(num_classes=2, classes=2), "guidance teacher '.*other' has 2 classes, the teacher that it guides has 3"),
+        (dict(input_size=4), "guidance teacher '.*other' has sample_shape"),
+    ):
+        other = make_teacher("SiT", **changes)
+        other.sample_shape = (1, changes.get("input_size", 8), changes.get("input_size", 8))
+        teachers.save_pretrained(other, folder / "other", "teacher")
+        with pytest.raises(ValueError, match=message):
+            run(values)
+    teachers.save_pretrained(make_teacher("SiT"), folder / "other", "student")
+    with pytest.raises(ValueError, match="other' is a student"):
+        run(values)
+    alone = make_teacher("SongUNet", classes=None, label_dim=0)
+    teachers.save_pretrained(alone, folder / "alone", "teacher")
+    with pytest.raises(ValueError, match="alone' is unconditional and can be guided by a guidance_teacher only"):
+        run(values, teacher=str(folder / "alone"), num_classes=None, guidance_teacher=None)
+    trainer = Trainer(
+        parse_recipe({**values, "teacher": str(folder / "alone"), "num_classes": None, "guidance_scale": [1.0, 2.0],
+                      "guidance_teacher": str(folder / "alone")}, "test")
+    )  # fmt: skip
+    assert trainer.network.accepts_guidance
 
 
 class Point(torch.nn.Module):

@@ -150,3 +150,95 @@ def test_bad_arguments_are_refused():
         teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.5, (1, 8, 8), 3, "words")
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.0, (1, 8, 8))
+
+
+def test_guidance_teacher_in_closed_form(mixture, mixture_network):
+    """Two networks of other conventions that know the mixture exactly, the second a broader one, in fp64."""
+    sd = 0.9
+    broad = type(mixture)()
+    broad.variances = 4 * mixture.variances
+    teacher = teachers.wrap(mixture_network(mixture, teachers.EDM, sd), teachers.EDM, sd, (2, 1, 1))
+    guide = teachers.wrap(mixture_network(broad, teachers.VP_EPS, sd), teachers.VP_EPS, sd, (2, 1, 1))
+    x = torch.randn(4, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.8, 1.1, 1.4], dtype=torch.float64)
+    F, F_g = mixture.F(x, t, sd), broad.F(x, t, sd)
+    guided = teacher.guided_by(2.5, None, guide)
+    torch.testing.assert_close(guided(x, t), F_g + 2.5 * (F - F_g), rtol=1e-9, atol=1e-9)
+    scales = torch.tensor([1.0, 1.5, 2.0, 3.0], dtype=torch.float64)
+    expected = F_g + scales.view(-1, 1, 1, 1) * (F - F_g)
+    torch.testing.assert_close(guided(x, t, None, scales), expected, rtol=1e-9, atol=1e-9)
+    inside = teacher.guided_by(2.5, (0.5, 1.2), guide)(x, t)
+    torch.testing.assert_close(inside[1:3], guided(x, t)[1:3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inside[[0, 3]], F[[0, 3]], rtol=1e-9, atol=1e-9)
+    # It can be differentiated: along the PF-ODE by forward mode, and in x by backward mode, both against differences.
+    direction = torch.ones_like(x), torch.ones_like(t)
+    forward = torch.func.jvp(guided, (x, t), direction)[1]
+    h = 1e-5
+    difference = (guided(x + h * direction[0], t + h) - guided(x - h * direction[0], t - h)) / (2 * h)
+    torch.testing.assert_close(forward, difference, rtol=1e-6, atol=1e-6)
+    y = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(guided(y, t).sum(), y)
+    along = torch.func.jvp(lambda x: guided(x, t), (x,), (direction[0],))[1].sum()
+    torch.testing.assert_close(gradient.sum(), along, rtol=1e-9, atol=1e-9)
+
+
+def test_autoguidance_gets_the_labels_and_an_unconditional_network_none(make_teacher):
+    teacher, weaker = make_teacher("SongUNet"), make_teacher("SiT", depth=1)
+    unconditional = make_teacher("SongUNet", classes=None, label_dim=0)
+    for guide, labels in ((weaker, Y), (unconditional, None)):
+        F, F_g = teacher(X, T, Y), guide(X, T, labels)
+        torch.testing.assert_close(teacher.guided_by(2.0, None, guide)(X, T, Y), F_g + 2.0 * (F - F_g))
+    assert (weaker(X, T, Y) - weaker(X, T)).abs().max() > 1e-3
+    # A teacher without labels is guided by another one without.
+    alone = make_teacher("SiT", num_classes=0, classes=None)
+    F, F_g = alone(X, T), unconditional(X, T)
+    torch.testing.assert_close(alone.guided_by(2.0, None, unconditional)(X, T), F_g + 2.0 * (F - F_g))
+
+
+def test_guidance_scale_1_evaluates_one_network(make_teacher):
+    teacher, guide = make_teacher("SongUNet"), make_teacher("SiT")
+    calls = []
+    for network in (teacher, guide):
+        network.native.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    plain = teacher(X, T, Y)
+    assert torch.equal(teacher.guided_by(1.0, None, guide)(X, T, Y), plain)
+    assert calls == ["SongUNet", "SongUNet"]
+    teacher.guided_by(2.0, None, guide)(X, T, Y)
+    assert calls == ["SongUNet", "SongUNet", "SongUNet", "SiT"]
+
+
+def test_guidance_teacher_goes_along_but_not_into_the_student(make_teacher):
+    guide = make_teacher("SiT").train()
+    guided = make_teacher("SongUNet").guided_by(2.0, None, guide)
+    assert not guide.training and not guided.train().guidance_teacher.training
+    assert guided.double().guidance_teacher.native.x_embedder.proj.weight.dtype == torch.float64
+    student = guided.student()
+    assert student.guidance_teacher is None and not any("guidance_teacher" in name for name in student.state_dict())
+    assert guided.guided_by(2.0).guidance_teacher is None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(sigma_data=0.7), "the guidance teacher has sigma_data 0.7, the teacher that it guides has 0.5"),
+        (dict(num_classes=2, classes=2), "the guidance teacher has 2 classes, the teacher that it guides has 3"),
+    ],
+)
+def test_guidance_teachers_that_do_not_fit_are_refused(make_teacher, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_teacher("SongUNet").guided_by(2.0, None, make_teacher("SiT", **changes))
+
+
+def test_more_guidance_teachers_that_do_not_fit(make_teacher):
+    foreign = teachers.wrap(torch.nn.Identity(), teachers.TRIGFLOW, 0.5, (1, 9, 9))
+    foreign.source = "other"
+    teacher = make_teacher("SongUNet")
+    with pytest.raises(ValueError, match=r"guidance teacher 'other' has sample_shape \(1, 9, 9\), .* has \(1, 8, 8\)"):
+        teacher.guided_by(2.0, None, foreign)
+    alone = make_teacher("SongUNet", classes=None, label_dim=0)
+    with pytest.raises(ValueError, match="the guidance teacher has 3 classes, the teacher that it guides has none"):
+        alone.guided_by(2.0, None, teacher)
+    with pytest.raises(ValueError, match="guidance needs labels, got none"):
+        teacher.guided_by(2.0, None, alone)(X, T)
+    with pytest.raises(ValueError, match="takes the guidance scale as an input and no guidance teacher"):
+        teacher.student(guidance_embedding=True).guided_by(2.0, None, alone)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import distributions, nn
+from torch import distributions
 
 import teachers
 from teachers import Parameterization
@@ -16,69 +16,9 @@ def times(sigma_data):
     return [math.atan(0.002 / sigma_data), 0.05, 0.3, 0.8, 1.1, 1.4, 1.55, math.atan(80 / sigma_data)]
 
 
-class Native(nn.Module):
-    """The network that a teacher of some convention would be if it had learned the mixture perfectly."""
-
-    def __init__(self, mixture, p, own_sigma_data):
-        super().__init__()
-        self.mixture, self.p, self.own = mixture, p, own_sigma_data
-
-    def forward(self, x, time):
-        return getattr(self, self.p.family)(x, time / self.p.time_scale)
-
-    def edm(self, x, time):
-        if self.p.prediction == "x0":
-            return self.mixture.posterior(x, 1.0, time)[0]
-        if self.p.prediction == "-eps":
-            return -self.mixture.posterior(x, 1.0, 2 * time.exp())[1]
-        sigma = (4 * time).exp()
-        s, own = sigma.view(-1, 1, 1, 1), self.own
-        norm = (s**2 + own**2).sqrt()
-        y = x * norm
-        denoised = self.mixture.posterior(y, 1.0, sigma)[0]
-        return (denoised - own**2 / norm**2 * y) * norm / (s * own)
-
-    def vp(self, x, time):
-        if self.p.time == "ddpm_linear":
-            time = torch.from_numpy(np.interp(time.numpy(), STEPS, LOG_SNR))
-        if self.p.time in ("log_snr", "ddpm_linear"):  # alpha^2 / sigma^2 = e^time
-            alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
-        elif self.p.time in NOISE:  # (alpha, sigma) = (1, noise) / sqrt(1 + noise^2)
-            alpha = torch.rsqrt(1 + NOISE[self.p.time](time) ** 2)
-            sigma = NOISE[self.p.time](time) * alpha
-        else:
-            alpha, sigma = time.cos(), time.sin()
-        x0, eps = self.mixture.posterior(x, alpha, sigma)
-        a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[self.p.prediction]
-
-    def flow(self, x, time):
-        s = time if self.p.time == "s" else 1 - time
-        x0, eps = self.mixture.posterior(x, 1 - s, s)
-        return eps - x0 if self.p.prediction == "velocity" else x0 - eps
-
-    def trigflow(self, x, time):
-        return self.mixture.F(x * self.own, time, self.own)
-
-
-# Noise level of a step, forwards: what VPPrecond and iDDPMPrecond invert.
 VP_SDE = dict(beta_d=19.9, beta_min=0.1, M=1000)
 COSINE = dict(C_2=0.008, M=1000)
 
-
-def vp_sde_noise(step):
-    tau = step / 999
-    return torch.expm1(19.9 / 2 * tau**2 + 0.1 * tau).sqrt()
-
-
-def cosine_noise(step):
-    """``1 + noise^2`` is ``1 / alpha_bar``, with alpha_bar of the clean end divided out; as cot^2 to keep its digits."""
-    angle = math.pi / 2 / 1.008 * (999 - step) / 1000
-    end = torch.tensor(math.pi / 2 / 1.008, dtype=torch.float64)
-    return (torch.sin(end - angle) * torch.sin(end + angle)).sqrt() / angle.sin()  # sin^2 end - sin^2 angle, factored
-
-
-NOISE = {"linear_beta": vp_sde_noise, "cosine": cosine_noise}
 
 CONVENTIONS = [
     Parameterization("edm", "raw", "log_sigma/4"),
@@ -110,8 +50,8 @@ def name(p):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 0.616, 1.0])
 @pytest.mark.parametrize("p", CONVENTIONS, ids=name)
-def test_map_equals_the_exact_network(mixture, p, sigma_data):
-    native = Native(mixture, p, p.teacher_sigma_data or sigma_data)
+def test_map_equals_the_exact_network(mixture, mixture_network, p, sigma_data):
+    native = mixture_network(mixture, p, p.teacher_sigma_data or sigma_data)
     teacher = teachers.wrap(native, p, sigma_data, (2, 1, 1))
     generator = torch.Generator().manual_seed(0)
     for time in times(sigma_data):
@@ -126,10 +66,10 @@ def test_map_equals_the_exact_network(mixture, p, sigma_data):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_a_network_of_ddpm_steps_is_the_exact_network(mixture, prediction, sigma_data):
+def test_a_network_of_ddpm_steps_is_the_exact_network(mixture, mixture_network, prediction, sigma_data):
     """On the steps, from the first (sigma/alpha 0.01) to the last (157)."""
     p = Parameterization("vp", prediction, "ddpm_linear", schedule=teachers.DIT.schedule)
-    teacher = teachers.wrap(Native(mixture, p, sigma_data), p, sigma_data, (2, 1, 1))
+    teacher = teachers.wrap(mixture_network(mixture, p, sigma_data), p, sigma_data, (2, 1, 1))
     generator = torch.Generator().manual_seed(0)
     for log_snr in LOG_SNR[[0, 1, 20, 250, 500, 750, 998, 999]] * (1 - 1e-12):
         t = torch.full((32,), math.atan(math.exp(-log_snr / 2) / sigma_data), dtype=torch.float64)
@@ -195,10 +135,10 @@ ODES = {
 
 
 @pytest.mark.parametrize("ode", ODES)
-def test_both_odes_follow_the_same_curve(mixture, ode):
+def test_both_odes_follow_the_same_curve(mixture, mixture_network, ode):
     """The teacher's own ODE and TrigFlow's ``dx/dt = sigma_data F`` end at the same point."""
     p, slope, tau, scale = ODES[ode]
-    native = Native(mixture, p, SD)
+    native = mixture_network(mixture, p, SD)
     teacher = teachers.wrap(native, p, SD, (2, 1, 1))
     t0, t1 = 1.2, 0.2
     x = torch.randn(16, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -228,9 +168,9 @@ def test_edm_network_is_minus_trigflow_network(mixture):
     torch.testing.assert_close(teachers.EDM.to_trigflow(u, x, t, c, 0.5), -u, rtol=1e-13, atol=1e-13)
 
 
-def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture):
+def test_trigflow_networks_are_called_as_the_paper_calls_them(mixture, mixture_network):
     """``F(x_t / sigma_data, t)`` (equation 3), unchanged."""
-    native = Native(mixture, teachers.TRIGFLOW, SD)
+    native = mixture_network(mixture, teachers.TRIGFLOW, SD)
     teacher = teachers.wrap(native, teachers.TRIGFLOW, SD, (2, 1, 1))
     x, t = torch.randn(3, 2, 1, 1, dtype=torch.float64), torch.tensor([0.0, 0.7, math.pi / 2], dtype=torch.float64)
     inner = torch.tensor([0.01, 0.7, 1.56], dtype=torch.float64)
@@ -274,10 +214,10 @@ def test_the_cosine_step_is_that_of_improved_ddpm():
     torch.testing.assert_close(p.coefficients(t, sigma_data).time, steps, rtol=0, atol=1e-6)
 
 
-def test_the_vp_sde_step_inverts_its_noise_level():
+def test_the_vp_sde_step_inverts_its_noise_level(mixture_network):
     p = Parameterization("vp", "eps", "linear_beta", schedule=VP_SDE)
     steps = torch.tensor([0.01, 1.0, 50.0, 400.0, 900.0, 999.0], dtype=torch.float64)
-    noise = vp_sde_noise(steps)
+    noise = mixture_network.noise["linear_beta"](steps)
     assert round(noise[-1].item(), 1) == 152.2
     torch.testing.assert_close(p.coefficients((noise / 0.7).atan(), 0.7).time, steps, rtol=1e-9, atol=0)
 

@@ -1,0 +1,144 @@
+"""The probe on exact networks of the Gaussian mixture, and on the bundled teachers, under right and wrong conventions."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+import teachers
+from distill.data import load_images
+from distill.recipe import DataConfig
+from teachers import Parameterization
+
+siblings, name = (getattr(sys.modules["teachers.probe"], key) for key in ("siblings", "name"))
+
+SD = 0.9  # about that of the mixture
+EXACT = [
+    teachers.EDM, teachers.EDM_DENOISER, teachers.TRIGFLOW, teachers.VP_EPS, teachers.VP_V, teachers.VP_X0,
+    Parameterization("vp", "eps", "t"), Parameterization("vp", "v", "t"), teachers.RECTIFIED_FLOW, teachers.SIT,
+    Parameterization("flow", "velocity", "1-s"), Parameterization("flow", "-velocity", "s"),
+    Parameterization("flow", "velocity", "s", time_scale=1000.0),
+]  # fmt: skip
+
+
+@pytest.fixture
+def points(mixture):
+    return mixture.sample(256, torch.Generator().manual_seed(1)).float()
+
+
+@pytest.mark.parametrize("sigma_data", [SD, 0.5])
+@pytest.mark.parametrize("p", EXACT, ids=name)
+def test_an_exact_network_passes_and_every_mistake_is_named(mixture, mixture_network, points, p, sigma_data):
+    native = mixture_network(mixture, p, sigma_data)
+    facts = teachers.probe(teachers.wrap(native, p, sigma_data, (2, 1, 1)), points)
+    assert max(facts["denoising_error"].values()) < 1.06 and facts["judged_on"] == "real images"
+    assert facts["verdict"].startswith("its parameterization fits: denoising error ")
+    for wrong in siblings(p):
+        with pytest.raises(ValueError, match="denoises badly under its parameterization") as error:
+            teachers.probe(teachers.wrap(native, wrong, sigma_data, (2, 1, 1)), points)
+        assert f"; under {name(p)} it is " in str(error.value), (wrong, str(error.value))
+
+
+@pytest.mark.parametrize("p", EXACT, ids=name)
+def test_without_images_no_wrong_name_is_given(mixture, mixture_network, p):
+    native = mixture_network(mixture, p, SD)
+    facts = teachers.probe(teachers.wrap(native, p, SD, (2, 1, 1)))
+    assert "fits" in facts["verdict"] and facts["judged_on"] == "its own samples"
+    refused = 0
+    for wrong in siblings(p):
+        try:
+            teachers.probe(teachers.wrap(native, wrong, SD, (2, 1, 1)))
+        except ValueError as error:
+            refused += 1
+            assert f"; under {name(p)} it is " in str(error), (wrong, str(error))
+    # A time near 0 throughout makes some velocities vanish, and then nothing is wrong with the samples.
+    assert refused >= len(siblings(p)) - 1
+
+
+def test_errors_in_closed_form(points):
+    """A denoiser that knows only mean and standard deviation has error 1 at every time, one that returns 0 is worse."""
+
+    class Linear(torch.nn.Module):
+        def forward(self, x, sigma):
+            m, s = points.mean(), points.std()
+            gain = (s**2 / (s**2 + sigma**2)).view(-1, 1, 1, 1)
+            return m + gain * (x - m)
+
+    facts = teachers.probe(teachers.wrap(Linear(), teachers.EDM_DENOISER, SD, (2, 1, 1)), points)
+    assert all(abs(error - 1) < 0.05 for error in facts["denoising_error"].values()) and "fits" in facts["verdict"]
+
+    class Zero(torch.nn.Module):
+        def forward(self, x, sigma):
+            return torch.zeros_like(x)
+
+    facts = teachers.probe(teachers.wrap(Zero(), Parameterization("edm", "x0", "sigma"), SD, (2, 1, 1)), points)
+    s, rms = points.std().item(), points.square().mean().sqrt().item()
+    for t, error in facts["denoising_error"].items():
+        sigma = SD * math.tan(t)
+        assert abs(error / (rms * math.hypot(s, sigma) / (s * sigma)) - 1) < 0.01
+    assert facts["verdict"].startswith("it denoises badly, as it does under the others of its family")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = load_images(DataConfig("mnist"), 1)
+    pairs = [images[i] for i in range(8)]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+
+@pytest.mark.parametrize("source", ["mnist-edm", "mnist-flow"])
+def test_bundled_teachers_pass_and_their_mistakes_are_named(source, digits):
+    teacher = teachers.load(source)
+    for images in ((), digits, digits[:1]):  # own samples, real ones, real ones with the null class
+        facts = teachers.probe(teacher, *images)
+        assert max(facts["denoising_error"].values()) < 0.8 and "fits" in facts["verdict"]
+    for wrong in siblings(teacher.parameterization):
+        mistaken = teachers.wrap(
+            teacher.native, wrong, teacher.sigma_data, teacher.sample_shape, teacher.num_classes, teacher.label_format
+        )
+        with pytest.raises(ValueError) as error:
+            teachers.probe(mistaken, *digits)
+        assert f"; under {name(teacher.parameterization)} it is 0." in str(error.value)
+    reversed_time = Parameterization("flow", "velocity", "1-s")
+    if source == "mnist-flow":
+        mistaken = teachers.wrap(teacher.native, reversed_time, teacher.sigma_data, teacher.sample_shape, 10)
+        with pytest.raises(ValueError, match="own samples .* under RECTIFIED_FLOW it is 0."):
+            teachers.probe(mistaken)
+
+
+def test_guidance_is_left_out_and_nothing_is_changed(digits):
+    teacher = teachers.load("mnist-edm").train()
+    plain, state = teachers.probe(teacher, *digits), torch.get_rng_state()
+    guided = teacher.guided_by(7.0, None, teachers.load("mnist-flow"))
+    assert teachers.probe(guided, *digits) == plain and guided.training and teacher.native.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
+def test_a_network_that_was_never_trained_is_not_refused(make_teacher, kind):
+    images = 0.5 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for given in ((), (images, torch.arange(8) % 3)):
+        teachers.probe(make_teacher(kind), *given)
+
+
+class Table(torch.nn.Module):
+    """Takes its time from a table, as networks of discrete steps do: most other times are errors."""
+
+    def forward(self, x, time):
+        return x * torch.ones(3)[time.long()].view(-1, 1, 1, 1)
+
+
+def test_a_sibling_that_cannot_be_called_is_passed_over(points):
+    facts = teachers.probe(teachers.wrap(Table(), teachers.TRIGFLOW, SD, (2, 1, 1)), points)
+    assert "denoises badly" in facts["verdict"]
+
+
+def test_a_network_that_is_not_finite_is_told(points):
+    class Nothing(torch.nn.Module):
+        def forward(self, x, time):
+            return x * torch.nan
+
+    teacher = teachers.wrap(Nothing(), teachers.EDM, SD, (2, 1, 1))
+    for images in ((), (points,)):
+        assert "denoising error inf" in teachers.probe(teacher, *images)["verdict"]
