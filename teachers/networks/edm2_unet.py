@@ -70,7 +70,8 @@ class MPConv(nn.Module):
         w = normalize_magnitude(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
         if self.kernel:
             return conv2d(x, w, None, padding=self.kernel // 2)
-        return F.linear(x, w.to(x.dtype))
+        dtype = torch.promote_types(w.dtype, torch.float32)
+        return F.linear(x.to(dtype), w.to(dtype))
 
     @torch.no_grad()
     def normalize_weight(self) -> None:
