@@ -62,6 +62,14 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tens
     return fwAD.make_dual(out, F.conv2d(tangent, weight, padding=padding))
 
 
+def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
+    """``layer(x, **options)`` in the dtype of its weights, whatever autocast says."""
+    if layer.weight is None:
+        return layer(x, **options)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype), **options)
+
+
 class TimeLinear(nn.Linear):
     """A linear layer of the time path: it computes in fp32, or in fp64 with fp64 weights, whatever its input has."""
 
