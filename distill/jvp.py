@@ -25,8 +25,9 @@ class RNGState(NamedTuple):
 def jvp(function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """``function(*primals)`` and its directional derivative along ``tangents``, both detached.
 
-    ``function`` must call the bare network, not its DDP wrapper. Attention runs on the one SDPA kernel that forward
-    mode differentiates; gradient checkpointing is inert, since nothing is recorded for a backward pass.
+    ``function`` must call the bare network, not its DDP wrapper. Networks that call SDPA themselves get the one kernel that
+    forward mode differentiates; ours bring a tangent of less memory (:func:`teachers.networks.layers.attend`). Gradient
+    checkpointing is inert, since nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
     with sdpa_kernel(SDPBackend.MATH):

@@ -102,7 +102,8 @@ class Teacher(nn.Module):
         t = t.double()
         c = self.parameterization.coefficients(t, self.sigma_data)
         scale = c.input_scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
-        time = c.time if x_t.dtype == torch.float64 else c.time.float()
+        # Networks of ours take it as it is, and round only its sines and cosines.
+        time = c.time if x_t.dtype == torch.float64 or is_registered(self.native) else c.time.float()
         condition = {"guidance": guidance.to(time.dtype)} if guidance is not None else {}
         args = () if self.num_classes is None else (self.native_labels(labels, len(x_t), x_t.device),)
         u = self.native(x_t * scale, time, *args, **condition)

@@ -15,16 +15,22 @@ UNET = dict(
     img_resolution=8, in_channels=1, out_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
     attn_resolutions=[4], dropout=0.0, label_dropout=0.1,
 )  # fmt: skip
+ADM = {**UNET, "model_channels": 64, "channel_mult": [1, 1]}  # a head of its attention has 64 channels
+EDM2 = dict(
+    img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+    attn_resolutions=[4], channels_per_head=16, label_dropout=0.1,
+)  # fmt: skip
 SIT = dict(
     input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=3, learn_sigma=False
 )
+CONFIGS = {"SongUNet": UNET, "DhariwalUNet": ADM, "EDM2UNet": EDM2, "SiT": SIT}
 
 
 def small_teacher(kind: str, sigma_data: float = 0.5, classes: int = 3, **changes) -> teachers.Teacher:
     """A tiny network with random weights; zero-initialised layers are perturbed so that they matter."""
     torch.manual_seed(0)
-    unet = kind == "SongUNet"
-    native = build(kind, {**(UNET if unet else SIT), **changes})
+    unet = kind != "SiT"
+    native = build(kind, {**CONFIGS[kind], **changes})
     for p in native.parameters():
         p.data += 0.05 * torch.randn_like(p)
     convention = teachers.EDM if unet else teachers.RECTIFIED_FLOW

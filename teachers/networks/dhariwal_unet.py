@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import PositionalEmbedding
-from teachers.networks.song_unet import Conv2d, Linear, UNetBlock, group_norm, unrounded
+from teachers.networks.layers import PositionalEmbedding, unrounded
+from teachers.networks.song_unet import Conv2d, Linear, UNetBlock, group_norm
 from teachers.networks.unet_plan import unet_plan
 
 

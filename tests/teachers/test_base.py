@@ -106,7 +106,27 @@ def test_time_is_not_rounded_to_the_precision_of_samples(teacher):
     hook = teacher.native.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     teacher.to(torch.bfloat16)(X.bfloat16(), torch.tensor([1.2, 1.201]), Y)
     hook.remove()
-    assert seen[0].dtype == torch.float32 and seen[0][0] != seen[0][1]
+    assert seen[0].dtype == torch.float64 and seen[0][0] != seen[0][1]
+
+
+def test_foreign_networks_get_the_time_in_fp32():
+    seen = []
+    foreign = teachers.wrap(Recording(seen), teachers.EDM, 0.5, (1, 8, 8))
+    foreign(X.bfloat16(), T)
+    foreign(X.double(), T)
+    assert [time.dtype for time in seen] == [torch.float32, torch.float64]
+
+
+class Recording(torch.nn.Module):
+    """Returns its input and notes the times it is called with."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x, time):
+        self.seen.append(time)
+        return x
 
 
 def test_samples_of_another_shape_are_refused(teacher):

@@ -52,8 +52,8 @@ def test_without_images_no_wrong_name_is_given(mixture, mixture_network, p):
         except ValueError as error:
             refused += 1
             assert f"; under {name(p)} it is " in str(error), (wrong, str(error))
-    # A time near 0 throughout makes some velocities vanish, and then nothing is wrong with the samples.
-    assert refused >= len(siblings(p)) - 1
+    # A time near 0 throughout makes some velocities vanish, and a near relative draws samples that it denoises well.
+    assert refused >= len(siblings(p)) - 2
 
 
 def test_errors_in_closed_form(points):
