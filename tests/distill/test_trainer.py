@@ -531,6 +531,44 @@ def test_a_network_of_another_kind_learns_a_teachers_velocity(world, make_teache
         run(values, velocity_teacher=str(folder / "nowhere"))
 
 
+EDM2 = dict(
+    img_resolution=8, img_channels=1, label_dim=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
+    attn_resolutions=[4], channel_mult_noise=4, label_dropout=0.1,
+)  # fmt: skip
+
+
+def test_a_teacher_gets_a_smooth_time_and_a_student_starts_from_it(world, capfd):
+    folder, values = world
+    torch.manual_seed(0)
+    native = teachers.networks.build("EDM2UNet", EDM2)
+    native.out_gain.data.fill_(0.3)
+    teachers.save_pretrained(teachers.wrap(native, teachers.EDM, 0.5, (1, 8, 8), 3, "one_hot"), folder / "edm2", "teacher")
+    values |= {"teacher": str(folder / "edm2"), "dropout": 0.0, "gradient_accumulation_steps": 1}
+    smooth = {**values, "objective": "retrofit", "output_dir": str(folder / "smooth")}
+    trainer = run(smooth, max_train_steps=9, max_velocity_error=1e-9)
+    assert trainer.step == 9 and "is still above 1e-09: train longer" in capfd.readouterr().err
+    lines = [json.loads(line) for line in (folder / "smooth/metrics.jsonl").read_text().splitlines()]
+    errors = [line["velocity_error"] for line in lines if "velocity_error" in line]
+    assert len(errors) == 4 and errors[-1] < errors[0]
+    early = run(smooth, max_train_steps=9, max_velocity_error=10.0)
+    assert early.step == 3 and "done" in capfd.readouterr().err
+    model = trained_model(early)
+    save_model(model, folder / "smooth/student")
+    assert model.role == "teacher" and model.network.parameterization.time == "trigflow"
+
+    student = run(values, student=str(folder / "smooth"), max_train_steps=1)
+    assert student.teacher.parameterization.time == "log_sigma/4"  # the velocity is still the original's
+    assert trained_model(student).network.parameterization.time == "trigflow"
+    with pytest.raises(ValueError, match="has a smooth time embedding already"):
+        run(smooth, teacher=str(folder / "smooth"))
+    with pytest.raises(ValueError, match="student belongs to objective distillation"):
+        run(smooth, student=str(folder / "smooth"))
+    with pytest.raises(ValueError, match="remove network"):
+        run(smooth, network={"name": "SiT", "parameterization": "SIT", "config": {}})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(values, student=str(folder / "nowhere"))
+
+
 def test_label_dropout_needs_a_null_class(world, make_teacher):
     folder, values = world
     teachers.save_pretrained(make_teacher("SiT", class_dropout_prob=0.0), folder / "no-null", "teacher")
