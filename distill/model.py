@@ -129,9 +129,9 @@ class Model:
         reference = build_reference(data, features, self.network.sample_shape[0])
         return evaluate(self.generate(num, num_inference_steps, seed=seed, progress=progress), reference)
 
-    def export(self, folder: str | Path) -> Path:
+    def export(self, folder: str | Path, format: str = "scm", vae: str | Path | None = None) -> Path:
         """Write a diffusers pipeline folder; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config)
+        return export(self.network, folder, self.config, format, vae)
 
 
 def from_pretrained(source: str | Path | Teacher) -> Model:
