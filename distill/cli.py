@@ -67,7 +67,7 @@ def export(options: argparse.Namespace) -> None:
     """A diffusers pipeline folder."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(options.out_dir)
+    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae)
     print(f"diffusers pipeline in {folder}")
 
 
@@ -121,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = add_verb(verbs, "export", export, "distill export runs/mnist my-pipeline")
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    p.add_argument("--format", default="scm", help="scm carries its code; diffusers is one of its own pipelines (scm)")
+    p.add_argument("--vae", type=Path, metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")

@@ -152,9 +152,9 @@ class Model:
         )  # fmt: skip
         return evaluate(batches, reference)
 
-    def export(self, folder: str | Path) -> Path:
+    def export(self, folder: str | Path, format: str = "scm", vae: str | Path | None = None) -> Path:
         """Write a diffusers pipeline folder; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config)
+        return export(self.network, folder, self.config, format, vae)
 
 
 def has_no_velocity(student: str) -> str:

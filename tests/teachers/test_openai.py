@@ -11,6 +11,7 @@ from torch import nn
 
 import teachers
 from distill.jvp import check_jvp
+from distill.unet2d import as_unet2d, unet2d_config
 from teachers import openai
 from teachers.networks import DhariwalUNet, OpenAIUNet, build
 from teachers.networks.openai_unet import OpenAIAttention, OpenAIResBlock
@@ -41,77 +42,10 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def diffusers_twin(config: dict, scale_shift: bool, updown: bool) -> UNet2DModel:
-    """The same architecture as diffusers builds it for consistency models."""
-    resolutions = [config["image_size"] >> level for level in range(len(config["channel_mult"]))]
-    kinds = ["Attn" if r in config["attention_resolutions"] else "Plain" for r in resolutions]
-    plain = {"down": "ResnetDownsampleBlock2D" if updown else "DownBlock2D",
-             "up": "ResnetUpsampleBlock2D" if updown else "UpBlock2D"}  # fmt: skip
-    return UNet2DModel(
-        sample_size=config["image_size"], layers_per_block=config["num_res_blocks"],
-        num_class_embeds=config["num_classes"], attention_head_dim=config["num_head_channels"],
-        block_out_channels=tuple(config["num_channels"] * m for m in config["channel_mult"]),
-        down_block_types=tuple("AttnDownBlock2D" if kind == "Attn" else plain["down"] for kind in kinds),
-        up_block_types=tuple("AttnUpBlock2D" if kind == "Attn" else plain["up"] for kind in reversed(kinds)),
-        resnet_time_scale_shift="scale_shift" if scale_shift else "default", attn_norm_num_groups=32,
-        downsample_type="resnet" if updown else "conv", upsample_type="resnet" if updown else "conv",
-    )  # fmt: skip
-
-
-PARTS = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0", "op": "conv",
-    "conv": "conv",
-}  # fmt: skip
-WHOLE = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-    "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-}  # fmt: skip
-
-
-def diffusers_place(native: OpenAIUNet, stack: str, index: int, layer: int) -> str:
-    """Where layer ``layer`` of block ``index`` of an encoder or decoder is in diffusers' model."""
-    blocks = native.config["num_res_blocks"] + 1
-    level, within = divmod(index - 1, blocks) if stack == "input_blocks" else divmod(index, blocks)
-    side, resampler = ("down", "downsamplers") if stack == "input_blocks" else ("up", "upsamplers")
-    is_attention = hasattr(getattr(native, stack)[index][layer], "qkv")
-    first_of_encoder = stack == "input_blocks" and within < blocks - 1
-    if is_attention:
-        return f"{side}_blocks.{level}.attentions.{within}"
-    if layer == 0 and (first_of_encoder or stack == "output_blocks"):
-        return f"{side}_blocks.{level}.resnets.{within}"
-    return f"{side}_blocks.{level}.{resampler}.0"
-
-
-def diffusers_tensors(native: OpenAIUNet) -> dict:
-    tensors = {}
-    for name, value in native.state_dict().items():
-        path, kind = name.rsplit(".", 1)
-        words = path.split(".")
-        if path in WHOLE:
-            tensors[f"{WHOLE[path]}.{kind}"] = value
-            continue
-        if words[0] == "middle_block":
-            place, part = WHOLE[".".join(words[:2])], ".".join(words[2:])
-        else:
-            place = diffusers_place(native, words[0], int(words[1]), int(words[2]))
-            part = ".".join(words[3:])
-        if part in ("qkv", "proj_out"):
-            value = value.flatten(1) if kind == "weight" else value
-        if part == "qkv":
-            tensors |= {f"{place}.to_{q}.{kind}": v for q, v in zip("qkv", value.chunk(3), strict=True)}
-        else:
-            tensors[f"{place}.{PARTS[part]}.{kind}"] = value
-    return tensors
-
-
-@pytest.mark.parametrize("scale_shift, updown", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("scale_shift, updown", [(True, True), (False, True), (True, False), (False, False)])
 def test_it_is_the_network_of_diffusers(scale_shift, updown):
     native = network(use_scale_shift_norm=scale_shift, resblock_updown=updown)
-    twin = diffusers_twin(native.config, scale_shift, updown).eval()
-    twin.load_state_dict(diffusers_tensors(native))
+    twin = as_unet2d(native)
     x, labels = torch.randn(2, 3, 16, 16), torch.tensor([4, 1])
     time = torch.tensor([250 * math.log(0.002), 250 * math.log(80.0)])
     with torch.no_grad():
@@ -138,9 +72,10 @@ def test_parameter_counts_of_the_released_networks():
     imagenet = on_meta(image_size=64, num_classes=1000)
     with torch.device("meta"):
         assert count(imagenet) == count(DhariwalUNet(64, 3, 3, label_dim=1000)) == 295_899_267
-        lsun = dict(image_size=256, attention_resolutions=(32, 16, 8), num_classes=None, num_head_channels=64, **LSUN)
-        twin = diffusers_twin(lsun, scale_shift=False, updown=True)
-    assert count(on_meta(image_size=256, **LSUN)) == count(twin) == 526_304_771
+    lsun = on_meta(image_size=256, **LSUN)
+    with torch.device("meta"):
+        twin = UNet2DModel(**unet2d_config(lsun))
+    assert count(lsun) == count(twin) == 526_304_771
 
 
 def test_tensor_names_are_those_of_guided_diffusion():
