@@ -20,7 +20,7 @@ import torch
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
-from distill.data import check_sigma_data, load_images, training_images
+from distill.data import check_sigma_data, load_images, stored_data
 from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
@@ -193,7 +193,7 @@ def check(recipe: Recipe) -> str:
     teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe)
     student = build_student(recipe, pretrained)
     if recipe.data.source != "teacher":
-        check_sigma_data(training_images(recipe), recipe)
+        check_sigma_data(stored_data(recipe), recipe)
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
