@@ -94,6 +94,21 @@ def convert_teacher(options: argparse.Namespace) -> None:
     print(f"model folder in {options.out_dir}")
 
 
+def precompute_latents(options: argparse.Namespace) -> None:
+    """Encode images once by an autoencoder, for training on latents; goes on where an earlier run stopped."""
+    from distill.precompute import precompute_latents as precompute
+    from distill.recipe import DataConfig
+
+    label_column = None if options.no_labels else options.label_column
+    data = DataConfig(
+        options.data, options.split, options.image_column, label_column, num_workers=options.num_workers
+    )
+    done = precompute(
+        data, options.out_dir, options.vae, options.normalization, options.batch_size, options.shard_size, options.dtype
+    )
+    print(f"latents in {options.out_dir}{'' if done else ' were already complete'}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distill", description="Few-step consistency models from your teacher.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -131,6 +146,23 @@ def build_parser() -> argparse.ArgumentParser:
     p = add_verb(nested, "convert", convert_teacher, "distill teachers convert edm-cifar10-32x32-uncond-vp.pkl my-teacher")
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+
+    p = verbs.add_parser("precompute", help="Prepare data once, before any training.")
+    nested = p.add_subparsers(required=True, metavar="latents")
+    example = "distill precompute latents images/ latents/ --vae sd-vae-ft-mse --normalization scm"
+    p = add_verb(nested, "latents", precompute_latents, example)
+    p.add_argument("data", metavar="DATA", help="a data source, as data.source of a recipe")
+    p.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="becomes data.source of a recipe")
+    p.add_argument("--vae", type=Path, required=True, metavar="FOLDER", help="a diffusers AutoencoderKL on disk")
+    p.add_argument("--normalization", required=True, metavar="NAME", help="edm2, scm, sd, or vae: what its config says")
+    p.add_argument("--batch-size", type=int, default=16, help="images encoded at once (16)")
+    p.add_argument("--shard-size", type=int, default=4096, help="images a file (4096)")
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is kept (float32)")
+    p.add_argument("--split", default="train", help="(train)")
+    p.add_argument("--image-column", default="image", help="(image)")
+    p.add_argument("--label-column", default="label", help="(label)")
+    p.add_argument("--no-labels", action="store_true", help="for data without labels")
+    p.add_argument("--num-workers", type=int, default=0, help="processes that read images (0)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Training images: bundled, on disk, from a hub, or drawn once from the teacher."""
+"""Training data: images that are bundled, on disk, from a hub, or drawn once from the teacher; or cached latents."""
 
 import hashlib
 import io
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
+from distill.latents import Latents, is_latents_folder
 from distill.recipe import DataConfig, Recipe
 from distill.sampling import generate
 from teachers import Teacher
@@ -110,10 +111,26 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     encoded = column[:][images.image_column].combine_chunks()
     files = zip(encoded.field("bytes").to_pylist(), encoded.field("path").to_pylist(), strict=True)
     pixels = [images.pixels(Image.open(io.BytesIO(data) if data else path)) for data, path in files]
-    labels = images.rows[images.label_column][:] if images.label_column else [0] * len(pixels)
+    labels = image_labels(images)
+    if labels is None:
+        labels = torch.zeros(len(pixels), dtype=torch.long)
+    return torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1), labels
+
+
+def image_labels(images: Images) -> Tensor | None:
+    """The label of every image ``(N,)``; ``None`` for data that are read without.
+
+    Raises:
+        ValueError: an image without a label, or labels that are no integers.
+    """
+    if images.label_column is None:
+        return None
+    labels = images.rows[images.label_column][:]
     if None in labels:
         raise ValueError(f"column {images.label_column!r} has images without a label; set label_column to null")
-    return torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1), torch.tensor(labels)
+    if not np.issubdtype(np.asarray(labels).dtype, np.integer):
+        raise ValueError(f"column {images.label_column!r} must hold integer labels")
+    return torch.tensor(labels)
 
 
 # Below this many values a data set is decoded once and kept in memory: a training step then costs no decoding.
@@ -128,11 +145,33 @@ def training_data(recipe: Recipe, teacher: Teacher | None, cache: Path) -> Datas
     """
     if recipe.data.source == "teacher":
         return TensorDataset(*teacher_samples(teacher, recipe, cache))
-    images = training_images(recipe)
-    if len(images) * math.prod(recipe.sample_shape) <= IN_MEMORY_VALUES:
-        images = TensorDataset(*as_tensors(images))
-    check_sigma_data(images, recipe)
-    return images
+    data = stored_data(recipe)
+    if isinstance(data, Images) and len(data) * math.prod(recipe.sample_shape) <= IN_MEMORY_VALUES:
+        data = TensorDataset(*as_tensors(data))
+    check_sigma_data(data, recipe)
+    return data
+
+
+def stored_data(recipe: Recipe) -> Images | Latents:
+    """The images or latents on disk that a recipe trains on, with shape and labels checked.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing, damaged or does not fit the recipe.
+    """
+    return training_latents(recipe) if is_latents_folder(recipe.data.source) else training_images(recipe)
+
+
+def training_latents(recipe: Recipe) -> Latents:
+    """The cached latents a recipe trains on; see :func:`stored_data`."""
+    latents = Latents(recipe.data.source, recipe.seed)
+    where = f"data source {recipe.data.source!r}"
+    if latents.shape != recipe.sample_shape:
+        raise ValueError(f"latents of {where} have shape {latents.shape}, the recipe wants {recipe.sample_shape}")
+    if recipe.num_classes is not None and not latents.labelled:
+        raise ValueError(f"{where} holds latents without labels, the recipe has {recipe.num_classes} classes")
+    if recipe.num_classes is not None:
+        check_label_range(latents.labels, recipe.num_classes, where)
+    return latents
 
 
 def training_images(recipe: Recipe) -> Images:
@@ -171,9 +210,13 @@ def check_data_labels(images: Images, recipe: Recipe) -> None:
     labels = np.asarray(images.rows[images.label_column][:])
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"column {images.label_column!r} of {where} must hold integer labels")
+    check_label_range(labels, recipe.num_classes, where)
+
+
+def check_label_range(labels: Tensor | np.ndarray, num_classes: int, where: str) -> None:
     for label in (labels.min(), labels.max()):
-        if not 0 <= label < recipe.num_classes:
-            raise ValueError(f"label {label} in {where} is out of range for num_classes {recipe.num_classes}")
+        if not 0 <= label < num_classes:
+            raise ValueError(f"label {label} in {where} is out of range for num_classes {num_classes}")
 
 
 def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tensor, Tensor]:
@@ -223,19 +266,19 @@ class StepSampler:
         if size < batch_size * world:
             raise ValueError(f"{size} images are fewer than one batch of {batch_size * world}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.per_epoch = size // (batch_size * world)
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.size // (self.batch_size * self.world)
         epoch, order = None, None
         for step in range(self.start, self.stop):
-            if epoch != step // per_epoch:
-                epoch = step // per_epoch
+            if epoch != step // self.per_epoch:
+                epoch = step // self.per_epoch
                 order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
-            first = ((step % per_epoch) * self.world + self.rank) * self.batch_size
+            first = ((step % self.per_epoch) * self.world + self.rank) * self.batch_size
             yield order[first : first + self.batch_size].tolist()
 
 
@@ -243,4 +286,12 @@ def training_loader(data: Dataset, sampler: StepSampler, num_workers: int) -> Da
     """Batches ``(x0, labels)``; data in memory is indexed directly."""
     if isinstance(data, TensorDataset):
         return ((data.tensors[0][i], data.tensors[1][i]) for i in sampler)
-    return DataLoader(data, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
+    batches = counting_on(sampler) if isinstance(data, Latents) else sampler
+    return DataLoader(data, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0)
+
+
+def counting_on(sampler: StepSampler) -> Iterator[list[int]]:
+    """A sampler's batches with indices that count on from one epoch to the next, as :class:`Latents` takes them."""
+    for step, batch in enumerate(sampler, sampler.start):
+        first = step // sampler.per_epoch * sampler.size
+        yield [first + i for i in batch]

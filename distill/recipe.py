@@ -29,7 +29,7 @@ class NetworkConfig:
 class DataConfig:
     """Where training images come from."""
 
-    source: str  # "mnist" (bundled), "teacher", a parquet file, an image folder, or a hub id
+    source: str  # "mnist" (bundled), "teacher", a parquet file, an image folder, cached latents, or a hub id
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = "label"  # null: no labels
@@ -87,7 +87,7 @@ class EMAConfig:
 @dataclass
 class EvaluationConfig:
     features: str | None = None  # a feature extractor; null: MNIST-CNN for data: mnist, else pixels
-    data: str | None = None  # what samples are scored against; null: the training data (with data: teacher, no scores)
+    data: str | None = None  # what samples are scored against; null: the training images, if there are any
     num_samples: int = 2_000
     num_inference_steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # 1 to 8 each
     teacher_steps: int = 18  # Heun steps; 0 leaves the teacher out

@@ -20,7 +20,7 @@ import torch
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
-from distill.data import check_sigma_data, load_images, training_images
+from distill.data import check_sigma_data, load_images, stored_data
 from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
@@ -195,7 +195,7 @@ def check(recipe: Recipe) -> str:
     pretrained = load_pretrained(recipe)
     teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
-    data = None if recipe.data.source == "teacher" else training_images(recipe)
+    data = None if recipe.data.source == "teacher" else stored_data(recipe)
     if data is not None:
         check_sigma_data(data, recipe)
     verdict = teacher_verdict(recipe, teacher, data) if recipe.objective == "distillation" else None

@@ -186,7 +186,7 @@ def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) ->
         ValueError: a data set too large for the memory.
     """
     if not isinstance(data, TensorDataset):
-        raise ValueError(f"stable_targets needs data that fit in memory, {recipe.data.source!r} is too large")
+        raise ValueError(f"stable_targets needs images that fit in memory; {recipe.data.source!r} is latents or too large")
     images, labels = (tensor.to(device) for tensor in data.tensors)
     return StableTargets(images, None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
 

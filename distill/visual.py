@@ -18,6 +18,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return rearrange(pixels, "n c h w -> n h w c").cpu().numpy()
 
 
+def visible(images: Tensor) -> Tensor:
+    """Images as they are; of latents, whose channels are no colours, the first three channels or the first one."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+
+
 def to_pil(pixels: np.ndarray) -> Image.Image:
     """uint8 ``(H, W, C)`` with one or three channels as a picture."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
@@ -25,7 +30,8 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
 
 def save_grid(rows: list[Tensor], path: Path, scale: int = 2, padding: int = 1) -> None:
     """Rows of images ``(N, C, H, W)`` in [-1, 1] as one PNG, ``scale`` screen pixels a pixel; rows may differ in length."""
-    cells = [np.pad(to_uint8(row), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)), constant_values=64) for row in rows]
+    border = ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0))
+    cells = [np.pad(to_uint8(visible(row)), border, constant_values=64) for row in rows]
     columns = max(len(row) for row in cells)
     full = [np.pad(row, ((0, columns - len(row)), (0, 0), (0, 0), (0, 0)), constant_values=64) for row in cells]
     grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in full])
@@ -41,7 +47,7 @@ def labelled_grid(rows: dict[str, Tensor], path: Path, title: str) -> None:
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.55 * columns + 2.2, 0.62 * len(rows) + 0.6), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
-        strip = rearrange(to_uint8(images), "n h w c -> h (n w) c")
+        strip = rearrange(to_uint8(visible(images)), "n h w c -> h (n w) c")
         axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", interpolation="nearest")
         axis.set_xticks(np.arange(1, columns) * width - 0.5, [])
         axis.set_yticks([height / 2], [name], fontsize=8)

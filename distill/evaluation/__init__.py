@@ -22,6 +22,7 @@ from distill.evaluation.metrics import (
     precision_recall,
 )
 from distill.evaluation.table import format_table
+from distill.latents import is_latents_folder
 from distill.recipe import MINIMUM_SAMPLES, DataConfig, Recipe
 from teachers.pretrained import read_safetensors, write_atomically
 
@@ -136,7 +137,8 @@ def evaluation_source(recipe: Recipe) -> str | None:
     """The data source that a recipe's samples are scored against; ``None`` without a data set."""
     if recipe.evaluation.data is not None:
         return recipe.evaluation.data
-    return None if recipe.data.source == "teacher" else recipe.data.source
+    no_images = recipe.data.source == "teacher" or is_latents_folder(recipe.data.source)
+    return None if no_images else recipe.data.source
 
 
 def recipe_reference(recipe: Recipe) -> Reference | None:

@@ -85,7 +85,10 @@ def test_evaluate(tmp_path, capsys):
     assert "real test images (60)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", [["sample"], ["evaluate"], ["export"], ["teachers", "inspect"], ["teachers", "list"]])
+@pytest.mark.parametrize(
+    "verb",
+    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["teachers", "inspect"], ["teachers", "list"]],
+)
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*verb, "--help"])
