@@ -52,7 +52,7 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
     guide = pretrained.guidance_teacher
     if recipe.guidance_teacher is not None:
-        guide = load_guidance_teacher(recipe.guidance_teacher)
+        guide = load_guidance_teacher(recipe.guidance_teacher).at_sigma_data(recipe.sigma_data)
     if scale != 1.0 and pretrained.num_classes is None and guide is None:
         raise ValueError(
             f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
@@ -74,6 +74,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
         return None
     if given is None:
         return load_fitting(recipe.teacher, recipe, for_velocity=recipe.objective == "distillation")
+    given = given.at_sigma_data(recipe.sigma_data)
     check_fits(given, recipe.teacher, recipe)
     return given
 
@@ -98,7 +99,7 @@ def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher
 def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     """Load a pretrained network and check that its samples are those of the recipe and, ``for_velocity``, its role."""
     try:
-        teacher = load(source)
+        teacher = load(source).at_sigma_data(recipe.sigma_data)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None

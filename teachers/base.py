@@ -219,6 +219,20 @@ class Teacher(nn.Module):
         )  # fmt: skip
         return twin.train(self.training)
 
+    def at_sigma_data(self, sigma_data: float) -> "Teacher":
+        """The same network, not copied, as the ``F`` of data of another standard deviation, if it is free of its own: VP and
+        flow networks are, exactly. Others are returned as they are.
+        """
+        p = self.parameterization
+        if sigma_data == self.sigma_data or p.family not in ("vp", "flow") or p.time == "trigflow":
+            return self
+        guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sigma_data(sigma_data)
+        twin = Teacher(
+            self.native, p, sigma_data, self.sample_shape, self.num_classes, self.label_format, self.guidance_scale,
+            self.guidance_interval, self.source, guide,
+        )  # fmt: skip
+        return twin.train(self.training)
+
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
         return {

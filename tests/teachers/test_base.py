@@ -262,3 +262,18 @@ def test_more_guidance_teachers_that_do_not_fit(make_teacher):
         teacher.guided_by(2.0, None, alone)(X, T)
     with pytest.raises(ValueError, match="takes the guidance scale as an input and no guidance teacher"):
         teacher.student(guidance_embedding=True).guided_by(2.0, None, alone)
+
+
+@pytest.mark.parametrize("p", [teachers.RECTIFIED_FLOW, teachers.VP_V], ids=["flow", "vp"])
+def test_a_flow_or_vp_network_serves_data_of_any_standard_deviation(mixture, mixture_network, p):
+    """It has no sigma_data of its own: at another one it is the exact velocity of the same data still."""
+    teacher = teachers.wrap(mixture_network(mixture, p, 0.5), p, 0.5, (2, 1, 1)).at_sigma_data(0.8)
+    t = torch.linspace(0.05, 1.5, 16, dtype=torch.float64)
+    x_t = torch.randn(16, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert teacher.sigma_data == 0.8
+    torch.testing.assert_close(teacher(x_t, t), mixture.F(x_t, t, 0.8), rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_with_a_sigma_data_of_its_own_keeps_it(make_teacher):
+    teacher = make_teacher("SongUNet")
+    assert teacher.at_sigma_data(0.8) is teacher
