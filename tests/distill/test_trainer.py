@@ -417,6 +417,15 @@ def test_a_teacher_in_memory_keeps_its_guidance_teacher(world, make_teacher):
     assert build_teacher(recipe, teacher).guidance_teacher.source == str(folder / "weaker")
 
 
+def test_the_licence_of_a_student_of_two_teachers(world, make_teacher):
+    folder, values = world
+    for license, expected in (("apache-2.0", "apache-2.0"), ("cc-by-nc-sa-4.0", "other")):
+        for name, own in (("teacher", "apache-2.0"), ("weaker", license)):
+            teachers.save_pretrained(make_teacher("SongUNet"), folder / name, "teacher", training={"license": own})
+        guided = {"guidance_scale": 2.0, "guidance_teacher": str(folder / "weaker")}
+        assert Trainer(parse_recipe({**values, **guided}, "test")).license == expected
+
+
 def test_guidance_teachers_that_do_not_fit_are_refused(world, make_teacher):
     folder, values = world
     values |= {"guidance_scale": 2.0, "guidance_teacher": str(folder / "other")}
