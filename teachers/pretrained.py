@@ -29,6 +29,7 @@ READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, di
     "checkpoint": (is_checkpoint, read_checkpoint),
     "diffusers pipeline": (is_diffusers_folder, read_diffusers),
 }
+TOLERABLE_SPEED = 1.0  # of a time embedding that a student is differentiated through
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
 
@@ -288,8 +289,16 @@ def inspect(source: str | Path) -> dict:
         "num_classes": model.num_classes,
         "sigma_data": model.sigma_data,
         "parameterization": model.parameterization.to_dict(),
-        "time_embedding_speed": time_embedding_speed(model),
+        "time_embedding_speed": (speed := time_embedding_speed(model)),
+        "student": student_needs(speed) if config["role"] == "teacher" else "is one",
     }
+
+
+def student_needs(speed: float) -> str:
+    """What a student of a network whose time embedding turns at this speed needs (sCM, section 4.1)."""
+    if speed > TOLERABLE_SPEED:
+        return f"needs a smoother time embedding (speed {TOLERABLE_SPEED:g} at most): objective retrofit"
+    return "can start from this network as it is"
 
 
 def time_embedding_speed(model: Teacher, num_times: int = 500) -> float:

@@ -8,7 +8,7 @@ import teachers
 from distill.jvp import check_jvp
 from teachers.networks import build
 from teachers.networks.trigflow_time import TrigFlowTime, time_embeddings
-from teachers.pretrained import time_embedding_speed
+from teachers.pretrained import student_needs, time_embedding_speed
 from teachers.retrofit import fit, retrofit, training_times
 
 EDM2 = dict(
@@ -43,6 +43,8 @@ def test_edm2s_embedding_becomes_slow_and_nothing_else_changes():
     smooth = retrofit(teacher)
     assert time_embedding_speed(teacher) > 1 > time_embedding_speed(smooth)
     assert (smooth.parameterization.prediction, smooth.parameterization.time) == ("raw", "trigflow")
+    assert student_needs(time_embedding_speed(teacher)).endswith("objective retrofit")
+    assert student_needs(time_embedding_speed(smooth)) == "can start from this network as it is"
     own, new = teacher.native.state_dict(), smooth.native.state_dict()
     assert own.keys() - new.keys() == {"emb_fourier.freqs", "emb_fourier.phases"}
     assert all(torch.equal(own[key], new[key]) for key in own.keys() & new.keys())
