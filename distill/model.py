@@ -50,7 +50,7 @@ class Model:
 
         values = {key.replace("__", "."): value for key, value in overrides.items()}
         parsed = load_recipe(recipe, {**values, "teacher": self.network.source or "in memory"})
-        if parsed.objective == "distillation" and self.role == "student":
+        if parsed.needs_velocity and self.role == "student":
             raise ValueError(has_no_velocity(parsed.teacher))
         trained = run(parsed, self.network)
         self.network, self.config = trained.network, trained.config
@@ -107,7 +107,7 @@ class Model:
             raise ValueError("guidance_teacher is for a teacher; a student has its guidance built in or as an input")
         if scale is None:
             raise ValueError("guidance_teacher needs a guidance_scale")
-        guide = load_guidance_teacher(guidance_teacher, device_of(self.network))
+        guide = load_guidance_teacher(guidance_teacher, device_of(self.network)).at_sigma_data(self.network.sigma_data)
         return self.network.guided_by(scale, self.network.guidance_interval, guide)
 
     def generate(

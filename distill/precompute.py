@@ -132,7 +132,7 @@ def encode_rows(
         means.append(mean)
         stds.append(std)
         bar.update(len(batch))
-    return {"mean": torch.cat(means), "std": torch.cat(stds)}
+    return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
 
 
 def image_batches(images: Images, rows: range, batch_size: int, num_workers: int) -> Iterator[Tensor]:

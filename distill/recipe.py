@@ -145,6 +145,11 @@ class Recipe:
     notes: str | None = None  # printed by --check, for example that a recipe was never run here
 
     @property
+    def needs_velocity(self) -> bool:
+        """Whether the recipe's ``teacher`` must have a PF-ODE velocity to learn from, as a student has not."""
+        return self.objective in ("distillation", "retrofit")
+
+    @property
     def is_diffusion(self) -> bool:
         """Whether a velocity is learned, for a network that is a teacher afterwards, not a consistency function."""
         return self.objective in ("diffusion", "retrofit")

@@ -198,7 +198,7 @@ def check(recipe: Recipe) -> str:
     data = None if recipe.data.source == "teacher" else stored_data(recipe)
     if data is not None:
         check_sigma_data(data, recipe)
-    verdict = teacher_verdict(recipe, teacher, data) if recipe.objective == "distillation" else None
+    verdict = teacher_verdict(recipe, teacher, data) if recipe.needs_velocity else None
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)

@@ -58,6 +58,8 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
             f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
             "guidance_scale"
         )
+    if scale != 1.0 and guide is None:
+        pretrained.require_null_class()
     # Over a range the objective passes its own scales; validation looks at the lowest.
     low = scale[0] if isinstance(scale, list) else scale
     return pretrained.guided_by(low, None if interval is None else tuple(interval), guide)
@@ -73,7 +75,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
     if recipe.network is not None:
         return None
     if given is None:
-        return load_fitting(recipe.teacher, recipe, for_velocity=recipe.objective == "distillation")
+        return load_fitting(recipe.teacher, recipe, for_velocity=recipe.needs_velocity)
     given = given.at_sigma_data(recipe.sigma_data)
     check_fits(given, recipe.teacher, recipe)
     return given
@@ -102,7 +104,7 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
         teacher = load(source).at_sigma_data(recipe.sigma_data)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
-        raise FileNotFoundError(f"the recipe needs its teacher{notes}: {error}") from None
+        raise FileNotFoundError(f"the recipe needs {source}{notes}: {error}") from None
     if for_velocity and load_config(source)["role"] == "student":
         raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
@@ -134,7 +136,7 @@ def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
         own, asked = getattr(teacher, key), getattr(recipe, key)
         own = list(own) if isinstance(own, tuple) else own
         if own != asked:
-            raise ValueError(f"teacher {source!r} has {key} {own}, the recipe says {asked}")
+            raise ValueError(f"the network {source!r} has {key} {own}, the recipe says {asked}")
 
 
 def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
@@ -401,8 +403,9 @@ class Trainer:
             self.accelerator.init_trackers("scm-distill", config={"recipe": text})
         batches = iter(training_loader(data, self.sampler(len(data)), recipe.data.num_workers))
         self.prepare_validation(data)
-        if self.step == 0:
+        if self.step == 0 or recipe.objective == "retrofit":  # which may be done already, also when it is resumed
             self.validate(log)
+            self.check_convergence(last=False)
         self.loop(batches, log)
         self.accelerator.end_training()
         return self.student
@@ -412,8 +415,8 @@ class Trainer:
         recipe, cache = self.recipe, self.output_dir / "cache"
         own = recipe.data.source == "teacher"
         data = None if own else training_data(recipe, self.teacher, cache)
-        if recipe.objective == "distillation":
-            self.print(f"teacher: {teacher_verdict(recipe, self.teacher, data)}")
+        if recipe.needs_velocity:
+            self.print(f"teacher: {teacher_verdict(recipe, self.teacher or self.velocity_teacher, data)}")
         return training_data(recipe, self.teacher, cache) if own else data
 
     def sampler(self, size: int) -> StepSampler:

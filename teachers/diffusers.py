@@ -56,7 +56,10 @@ def read_diffusers(path: Path) -> tuple[dict, dict[str, Tensor]]:
     convention, sigma_data = scheduler_convention(load_scheduler(path, class_name(index, "scheduler", path)))
     model = load_network(path, component, name)
     own = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    latents = "vae" in index
+    if own.get("time_embedding_type", "positional") != "positional":
+        kind = own["time_embedding_type"]
+        raise ValueError(f"{path}: its {component} has a {kind} time embedding; positional ones are supported")
+    latents = "vae" in index or "vqvae" in index
     size = own["sample_size"]
     config = {
         "role": "teacher",
@@ -121,6 +124,8 @@ def scheduler_convention(scheduler) -> tuple[Parameterization, float | None]:
     prediction = config.get("prediction_type", "epsilon")
     if name in FLOW or prediction == "flow_prediction" or config.get("use_flow_sigmas"):
         return Parameterization("flow", "velocity", "s", time_scale=config.num_train_timesteps), None
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(f"scheduler {name} with timestep_type 'continuous' is not supported")
     if name in EDM_SCHEDULERS and prediction == "epsilon":
         return EDM, config.sigma_data
     if not hasattr(scheduler, "alphas_cumprod") or prediction not in VP_PREDICTIONS:
@@ -129,6 +134,8 @@ def scheduler_convention(scheduler) -> tuple[Parameterization, float | None]:
         raise ValueError(f"scheduler {name}: trained_betas and rescale_betas_zero_snr are not supported")
     if config.beta_schedule not in BETA_SCHEDULES:
         raise ValueError(f"beta_schedule {config.beta_schedule!r} is not supported; {', '.join(BETA_SCHEDULES)} are")
+    if config.num_train_timesteps < 3:
+        raise ValueError(f"scheduler {name}: num_train_timesteps must be at least 3, got {config.num_train_timesteps}")
     schedule = {key: config[key] for key in ("beta_start", "beta_end", "num_train_timesteps")}
     time = BETA_SCHEDULES[config.beta_schedule]
     return Parameterization("vp", VP_PREDICTIONS[prediction], time, schedule=schedule), None

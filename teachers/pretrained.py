@@ -70,8 +70,8 @@ def locate(source: str | Path) -> tuple[str, Path]:
         if (folder / "config.json").is_file():
             return kind, folder
     raise ValueError(
-        f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, an "
-        "NVlabs pickle or a checkpoint by torch.save or as safetensors"
+        f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, a "
+        "pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors"
     )
 
 

@@ -5,6 +5,7 @@ student's tangent. The new embedding first imitates the old one as far as a smoo
 frozen network's velocity (objective ``retrofit``) does the rest.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -36,7 +37,7 @@ def retrofit(teacher: Teacher) -> Teacher:
     t = training_times(teacher.sigma_data)
     signal = teacher.parameterization.coefficients(t, teacher.sigma_data).time
     for name, embedding in new.items():
-        fit(embedding, t, old[name].cpu()(signal).detach())
+        fit(embedding, t, copy.deepcopy(old[name]).cpu()(signal).detach())
     convention = dataclasses.replace(teacher.parameterization, time="trigflow", time_scale=1.0, schedule=None)
     twin = Teacher(
         smooth, convention, teacher.sigma_data, teacher.sample_shape, teacher.num_classes, teacher.label_format,

@@ -33,8 +33,10 @@ class GroupNorm(nn.GroupNorm):
         affine map of ``t_x`` and ``x``: few passes over memory.
         """
         b, c, *space = x.shape
-        if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-            x = x.contiguous()  # tokens transposed to channels, as attention blocks of others pass them
+        # Tokens transposed to channels, as attention blocks of others pass them. A single sample counts as channels_last
+        # whatever its strides are, but not for native_group_norm.
+        channels_last = b > 1 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        x = x if channels_last else x.contiguous()
         size = c // self.num_groups * math.prod(space)
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import teachers
-from distill.jvp import check_jvp
+from distill.jvp import check_jvp, probe_jvp
 from teachers.diffusers import read_diffusers, scheduler_convention
 
 UNET = dict(
@@ -90,6 +90,7 @@ def test_the_derivative_and_the_round_trip(tmp_path, make):
     network = make(tmp_path / "pipeline")
     teacher = teachers.load(tmp_path / "pipeline")
     assert check_jvp(teacher) < 1e-3
+    probe_jvp(teacher)  # one sample alone has other strides
     teachers.save_pretrained(teacher, tmp_path / "saved", "teacher")
     again = teachers.load(tmp_path / "saved")
     assert again.metadata() == teacher.metadata()
@@ -110,6 +111,8 @@ def edit(path, **changes):
         ("model_index.json", {"unet": ["my_code", "UNet"]}, "must be a class of diffusers"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps must be at least 3"),
+        ("scheduler/scheduler_config.json", {"timestep_type": "continuous"}, "'continuous' is not supported"),
         ("scheduler/scheduler_config.json", {"prediction_type": "score"}, "prediction_type 'score'"),
     ],
 )
@@ -118,6 +121,12 @@ def test_what_is_not_supported_says_so(tmp_path, file, changes, message):
     edit(tmp_path / file, **changes)
     with pytest.raises(ValueError, match=message):
         read_diffusers(tmp_path)
+
+
+def test_a_time_embedding_that_cannot_be_differentiated_is_refused(tmp_path):
+    ddpm_pipeline(tmp_path, time_embedding_type="fourier")
+    with pytest.raises(ValueError, match="its unet has a fourier time embedding"):
+        teachers.load(tmp_path)
 
 
 def test_a_damaged_pipeline_is_one_sentence(tmp_path):
