@@ -58,7 +58,6 @@ class VelocityError:
         self.labels = labels
         self.noisy = {t: trigflow.perturb(x0, z, torch.tensor(t)).to(x0) for t in TIMES}
         self.velocities = {t: self.velocity(teacher, t) for t in TIMES}
-        self.value = float("inf")  # the last one measured
 
     @torch.no_grad()
     def velocity(self, network: Teacher, time: float) -> Tensor:
@@ -69,8 +68,7 @@ class VelocityError:
     def __call__(self, network: Teacher) -> float:
         """``mean ||F - F_teacher||^2 / mean ||F_teacher||^2`` over all of them."""
         squared = sum((self.velocity(network, t) - F).square().mean() for t, F in self.velocities.items())
-        self.value = (squared / sum(F.square().mean() for F in self.velocities.values())).item()
-        return self.value
+        return (squared / sum(F.square().mean() for F in self.velocities.values())).item()
 
 
 def rising_at_small_t(history: list[dict[float, float]]) -> bool:

@@ -12,11 +12,12 @@ from pathlib import Path
 import diffusers
 import torch
 
+from distill.precompute import load_vae
 from distill.schedule import student_times
 from distill.trigflow import max_time
 from distill.unet2d import as_unet2d
 from teachers import Teacher
-from teachers.diffusers import BETA_SCHEDULES, INDEX, VP_PREDICTIONS, read_component, read_json
+from teachers.diffusers import BETA_SCHEDULES, INDEX, VP_PREDICTIONS, read_json
 
 STEPS = (1, 2, 4)  # numbers of steps of which the card gives the times
 INSTEAD = "export it with format scm (--format scm)"
@@ -158,7 +159,7 @@ def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.A
     """The VAE of a folder, which may be a pipeline's, or by default of the teacher's pipeline.
 
     Raises:
-        ValueError: none is there, it is damaged, or of other latents.
+        FileNotFoundError, ValueError: none is there, it is damaged, or of other latents.
     """
     teacher = facts.get("teacher")
     if vae is None and not (teacher and (Path(teacher) / "vae").is_dir()):
@@ -168,12 +169,7 @@ def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.A
         )
     folder = Path(teacher if vae is None else vae).resolve()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no VAE: there is no config.json")
-    kind = read_json(folder / "config.json").get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{folder} holds a {kind}; DiTPipeline needs an AutoencoderKL")
-    found = read_component(diffusers.AutoencoderKL, folder.parent, folder.name)
+    found = load_vae(folder)
     channels, latents = model.sample_shape[0], found.config.latent_channels
     if latents != channels:
         raise ValueError(f"{folder} is a VAE of {latents} latent channels, but this model has {channels}")

@@ -404,8 +404,7 @@ class Trainer:
         batches = iter(training_loader(data, self.sampler(len(data)), recipe.data.num_workers))
         self.prepare_validation(data)
         if self.step == 0 or recipe.objective == "retrofit":  # which may be done already, also when it is resumed
-            self.validate(log)
-            self.check_convergence(last=False)
+            self.check_convergence(self.validate(log), last=False)
         self.loop(batches, log)
         self.accelerator.end_training()
         return self.student
@@ -444,8 +443,7 @@ class Trainer:
                     window = Window()
                 last = self.step == recipe.max_train_steps
                 if self.step % recipe.validation_steps == 0 or last:
-                    self.validate(log)
-                    self.check_convergence(last)
+                    self.check_convergence(self.validate(log), last)
                 if self.step % recipe.checkpointing_steps == 0 or last or self.converged:
                     self.save()
                 if self.stop_signal is not None:
@@ -553,11 +551,11 @@ class Trainer:
         """For a student with a guidance input: the scale its teacher has in the endpoint error."""
         return self.teacher.guidance_scale if isinstance(self.recipe.guidance_scale, list) else None
 
-    def check_convergence(self, last: bool) -> None:
+    def check_convergence(self, values: dict[str, float], last: bool) -> None:
         """End objective ``retrofit`` once the velocity error that was just measured is low enough, on all processes."""
         if self.recipe.objective != "retrofit":
             return
-        error = torch.tensor(self.velocity_error.value if self.velocity_error else 0.0, device=self.device)
+        error = torch.tensor(values.get("velocity_error", 0.0), device=self.device)  # known to the main process alone
         error, limit = broadcast(error).item(), self.recipe.max_velocity_error
         self.converged = error <= limit
         if self.converged:
@@ -565,10 +563,12 @@ class Trainer:
         elif last:
             self.print(f"warning: the velocity error {error:.4g} is still above {limit:g}: train longer")
 
-    def validate(self, log: "MetricsLog") -> None:
-        """Endpoint error, velocity error, sample grid and curves from the averaged weights (main process)."""
+    def validate(self, log: "MetricsLog") -> dict[str, float]:
+        """Endpoint error, velocity error, sample grid and curves from the averaged weights; what was measured, on the main
+        process.
+        """
         if not self.accelerator.is_main_process:
-            return
+            return {}
         values = {}
         if self.endpoint is not None:
             errors = self.endpoint(self.student, self.validation_guidance)
@@ -588,6 +588,7 @@ class Trainer:
         log.write(self.step, values)
         self.accelerator.log(values, step=self.step)
         plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
+        return values
 
     def validation_distance(self) -> float:
         """The Fréchet distance of a few 2-step samples, always the same noise: for its course, not for its value."""

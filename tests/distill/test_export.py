@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from diffusers import SCMScheduler
+from support import ONLY_DIFFUSERS
 
 import distill
 import teachers
@@ -20,19 +21,7 @@ LABELS = [2, 0, 1, 1, 0]
 EXPORTED = ["README.md", "model_index.json", "network", "scheduler", "scm_pipeline.py"]
 
 # Loads exported folders where of all our dependencies only torch and diffusers can be found, and saves their images.
-STRANGER = """
-import sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-from importlib.util import find_spec
-ABSENT = ("distill", "teachers", "accelerate", "datasets", "einops", "matplotlib", "scipy")
-class Bare(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in ABSENT else super().find_spec(name, path, target)
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Bare]
-assert not any(map(find_spec, ABSENT))
-import torch
-from diffusers import DiffusionPipeline
+STRANGER = ONLY_DIFFUSERS + """
 from safetensors.torch import save_file
 for folder in sys.argv[1:]:
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)

@@ -29,7 +29,6 @@ def tiny_vae(**changes) -> AutoencoderKL:
     config = dict(
         in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        mid_block_add_attention=False,
     )  # fmt: skip
     return AutoencoderKL(**{**config, **changes}).eval()
 

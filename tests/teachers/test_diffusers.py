@@ -7,20 +7,13 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import DIT, UNET2D
 
 import teachers
 from distill.jvp import check_jvp, probe_jvp
 from teachers.diffusers import read_diffusers, scheduler_convention
 
-UNET = dict(
-    sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=8,
-)  # fmt: skip
-DIT = dict(
-    sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=2,
-    attention_head_dim=16, num_embeds_ada_norm=5,
-)  # fmt: skip
+UNET = {**UNET2D, "in_channels": 1, "out_channels": 1}
 
 
 def ddpm_pipeline(folder, scheduler=None, **changes):
