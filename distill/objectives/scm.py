@@ -18,6 +18,7 @@ from distill.objectives.stable_targets import StableTargets
 from distill.recipe import Recipe, TangentConfig
 from distill.sampling import denoiser, exponential_adams
 from teachers import Teacher
+from teachers.condition import Condition
 from teachers.networks.layers import PositionalEmbedding
 
 
@@ -115,7 +116,7 @@ class Diffusion:
         z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
         if labels is not None and p.label_dropout:
             drop = (torch.rand(len(x0), generator=generator) < p.label_dropout).to(x0.device)
-            labels = torch.where(drop, p.num_classes, labels)
+            labels = network.drop_condition(labels, drop)
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
         error = mean_square(student(x_t, t, labels) - self.target(x0, z, x_t, t, labels))
@@ -141,7 +142,7 @@ class NoisyBatch(NamedTuple):
     x_t: Tensor
     t: Tensor  # (B,)
     t_next: Tensor | None  # the next smaller time of the discrete objective
-    labels: Tensor | None
+    labels: Condition | None
     guidance: Tensor | None
 
     def rows(self, mask: Tensor) -> "NoisyBatch":
