@@ -141,6 +141,36 @@ def load_vae(folder: Path) -> nn.Module:
     return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+class Decoder:
+    """An autoencoder that makes images of a network's samples.
+
+    Args:
+        folder: a diffusers ``AutoencoderKL``, as of :func:`load_vae`.
+        norm_name: the normalisation of the latents that the network was trained on, one of ``NAMES``.
+        channels: of the network's samples.
+
+    Raises:
+        FileNotFoundError, ValueError: a bad autoencoder, one of other latents, or no such normalisation; one sentence each.
+    """
+
+    def __init__(self, folder: str | Path, norm_name: str, channels: int):
+        self.vae = load_vae(Path(folder))
+        self.normalization = normalization(norm_name, self.vae)
+        own = self.vae.config.latent_channels
+        if own != channels:
+            raise ValueError(f"{folder} is an autoencoder of {own} latent channels, but the model's samples have {channels}")
+
+    @property
+    def image_channels(self) -> int:
+        return self.vae.config.out_channels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` in [-1, 1] of samples ``(B, C, h, w)``, on their device."""
+        # One at a time: each takes far more memory than its latent.
+        parts = [decode(self.vae, part.to(self.vae.device), self.normalization) for part in x.split(1)]
+        return torch.cat(parts).to(x.device)
+
+
 def is_latents_folder(source: str | Path) -> bool:
     """Whether ``distill precompute latents`` wrote, or began to write, this folder."""
     return is_folder_of(LATENTS, source)
