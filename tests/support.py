@@ -1,4 +1,4 @@
-"""What tests of several files build on: tiny networks of diffusers, a network of texts, and a Python without this package."""
+"""What tests of several files build on: tiny networks of diffusers, one of texts, and a Python without this package."""
 
 import torch
 from torch import nn
