@@ -106,8 +106,8 @@ def begin(folder: Path, kind: Kind, facts: dict) -> dict:
         write_manifest(folder, manifest)
         return manifest
     manifest = read_manifest(folder, kind)
-    for key in facts.keys() - set(NOT_COMPARED):
-        if manifest.get(key) != facts[key]:
+    for key in facts:
+        if key not in NOT_COMPARED and manifest.get(key) != facts[key]:
             raise ValueError(
                 f"{folder} holds {kind.name} with another {key} ({brief(manifest.get(key))}; asked for: "
                 f"{brief(facts[key])}); give another folder"
