@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     p.add_argument("--format", default="scm", help="scm carries its code; diffusers is one of its own pipelines (scm)")
-    p.add_argument("--vae", type=Path, metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
+    p.add_argument("--vae", metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")
@@ -153,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = add_verb(nested, "latents", precompute_latents, example)
     p.add_argument("data", metavar="DATA", help="a data source, as data.source of a recipe")
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="becomes data.source of a recipe")
-    p.add_argument("--vae", type=Path, required=True, metavar="FOLDER", help="a diffusers AutoencoderKL on disk")
+    p.add_argument("--vae", required=True, metavar="FOLDER", help="a diffusers AutoencoderKL, or hf://owner/name of one")
     p.add_argument("--normalization", required=True, metavar="NAME", help="edm2, scm, sd, or vae: what its config says")
     p.add_argument("--batch-size", type=int, default=16, help="images encoded at once (16)")
     p.add_argument("--shard-size", type=int, default=4096, help="images a file (4096)")
@@ -174,7 +174,7 @@ def add_verb(verbs, name: str, action, example: str) -> argparse.ArgumentParser:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="bundled name, model folder, run folder or exported pipeline")
+    parser.add_argument("source", metavar="SOURCE", help="bundled name, model, run or pipeline folder, file, or hf://owner/name")
 
 
 def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:

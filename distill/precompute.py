@@ -32,7 +32,8 @@ from distill.latents import (
     shard_names,
 )
 from distill.recipe import DataConfig
-from teachers.diffusers import read_json
+from teachers import hub
+from teachers.diffusers import has_safetensors, read_json
 from teachers.pretrained import write_atomically
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -41,14 +42,14 @@ NOT_COMPARED = ("source", "shards")
 
 
 def precompute_latents(
-    data: DataConfig, folder: str | Path, vae_folder: str | Path, norm_name: str, batch_size: int = 16,
+    data: DataConfig, folder: str | Path, vae_source: str | Path, norm_name: str, batch_size: int = 16,
     shard_size: int = 4096, dtype: str = "float32",
 ) -> bool:  # fmt: skip
     """Encode images to a folder of latents, or finish one that was begun.
 
     Args:
         data: the images, as in a recipe.
-        vae_folder: a diffusers ``AutoencoderKL``: ``config.json`` and weights. Nothing is downloaded.
+        vae_source: a diffusers ``AutoencoderKL``: its folder, its pipeline's, or ``hf://owner/name``.
         norm_name: one of ``distill.latents.NAMES``.
 
     Returns:
@@ -60,7 +61,7 @@ def precompute_latents(
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"batch size and shard size must be at least 1, got {batch_size} and {shard_size}")
     folder = Path(folder)
-    vae = load_vae(Path(vae_folder))
+    vae = load_vae(vae_source)
     norm = normalization(norm_name, vae)
     images = load_images(data, vae.config.in_channels)
     labels = image_labels(images)
@@ -147,22 +148,33 @@ def image_batches(images: Images, rows: range, batch_size: int, num_workers: int
         yield torch.stack([image for image, _ in batch])
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """A diffusers autoencoder from its folder, in fp32, on a GPU if there is one.
+def vae_folder(source: str | Path) -> Path:
+    """Where an autoencoder lies that is named by its folder or by its pipeline's, on disk or on the hub.
+
+    Raises:
+        ValueError, OSError: see :func:`teachers.hub.fetch`.
+    """
+    folder = hub.fetch_model(source, ".", "vae") if hub.is_hub(source) else Path(source)
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def load_vae(source: str | Path) -> AutoencoderKL:
+    """A diffusers autoencoder from its folder, in fp32, on a GPU if there is one; see :func:`vae_folder`.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, another kind of model, or weights that are damaged; one sentence.
     """
+    folder = vae_folder(source)
     config = folder / "config.json"
     if not config.is_file():
-        hint = f"; did you mean {folder / 'vae'}?" if (folder / "vae" / "config.json").is_file() else ""
-        raise FileNotFoundError(f"no autoencoder in {folder}: it has no config.json{hint}")
+        raise FileNotFoundError(f"no autoencoder in {folder}: it has no config.json")
     kind = read_json(config).get("_class_name")
     if kind != "AutoencoderKL":
         raise ValueError(f"{config} is of a {kind}; supported: AutoencoderKL")
     try:
         vae, info = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=has_safetensors(folder), torch_dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

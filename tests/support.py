@@ -15,7 +15,7 @@ ONLY_DIFFUSERS = """
 import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from importlib.util import find_spec
-ABSENT = ("distill", "teachers", "accelerate", "datasets", "einops", "matplotlib", "scipy")
+ABSENT = ("distill", "teachers", "accelerate", "datasets", "einops", "matplotlib", "peft", "scipy", "transformers")
 class Bare(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):

@@ -235,7 +235,8 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "has no config.json; did you mean" in message(data, tmp_path / "out", "--vae", inputs)
+    assert "has no config.json" in message(data, tmp_path / "out", "--vae", tmp_path)
+    assert "hf://owner/name" in message(data, tmp_path / "out", "--vae", "hf://vae")
     broken = tmp_path / "broken"
     tiny_vae().save_pretrained(broken)
     weights = next(broken.glob("*.safetensors"))
