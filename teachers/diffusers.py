@@ -59,7 +59,7 @@ def read_diffusers(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if own.get("time_embedding_type", "positional") != "positional":
         kind = own["time_embedding_type"]
         raise ValueError(f"{path}: its {component} has a {kind} time embedding; positional ones are supported")
-    latents = "vae" in index or "vqvae" in index
+    latents = any(index.get(name) not in (None, [None, None]) for name in ("vae", "vqvae"))  # [null, null]: left out
     size = own["sample_size"]
     config = {
         "role": "teacher",
