@@ -33,6 +33,7 @@ class DataConfig:
     split: str = "train"
     image_column: str = "image"
     label_column: str | None = "label"  # null: no labels
+    prompts: str | None = None  # a folder of distill precompute prompts, for a network of texts; row i is image i's
     num_teacher_samples: int = 10_000  # for source "teacher": drawn once, cached on disk
     teacher_steps: int = 18  # Heun steps (18 = 35 evaluations) of those samples
     num_workers: int = 0
@@ -148,6 +149,11 @@ class Recipe:
     def needs_velocity(self) -> bool:
         """Whether the recipe's ``teacher`` must have a PF-ODE velocity to learn from, as a student has not."""
         return self.objective in ("distillation", "retrofit")
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the network is told a class or a prompt."""
+        return self.num_classes is not None or self.data.prompts is not None
 
     @property
     def is_diffusion(self) -> bool:
@@ -324,6 +330,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
             raise ValueError(f"{where}: {key} belongs to objective diffusion; remove it")
     if recipe.stable_targets and recipe.velocity_teacher:
         raise ValueError(f"{where}: stable_targets and velocity_teacher are two sources of one target; remove one of them")
+    if recipe.stable_targets and recipe.data.prompts:
+        raise ValueError(f"{where}: stable_targets average over classes, and not over prompts; remove it")
     if recipe.objective == "training" and recipe.guidance_scale != 1.0:
         raise ValueError(f"{where}: consistency training has no teacher to guide; remove guidance_scale")
     if recipe.is_diffusion and recipe.guidance_scale != 1.0:

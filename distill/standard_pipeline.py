@@ -12,7 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from distill.precompute import load_vae, vae_folder
+from distill.latents import load_vae, vae_folder
 from distill.schedule import student_times
 from distill.trigflow import max_time
 from distill.unet2d import as_unet2d

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from distill import checkpoint as ckpt
-from distill.data import StepSampler, training_data, training_loader
+from distill.data import StepSampler, collate, recipe_prompts, training_data, training_loader
 from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
@@ -26,10 +26,12 @@ from distill.jvp import probe_jvp
 from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
+from distill.prompts import Prompts, null_prompt
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.sampling import device_of, generate
 from distill.visual import plot_curves, save_grid
 from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
+from teachers.condition import Condition, fits
 from teachers.networks import build, is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
 from teachers.retrofit import retrofit
@@ -53,7 +55,7 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
     guide = pretrained.guidance_teacher
     if recipe.guidance_teacher is not None:
         guide = load_guidance_teacher(recipe.guidance_teacher).at_sigma_data(recipe.sigma_data)
-    if scale != 1.0 and pretrained.num_classes is None and guide is None:
+    if scale != 1.0 and not pretrained.is_conditional and guide is None:
         raise ValueError(
             f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
             "guidance_scale"
@@ -78,7 +80,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
         return load_fitting(recipe.teacher, recipe, for_velocity=recipe.needs_velocity)
     given = given.at_sigma_data(recipe.sigma_data)
     check_fits(given, recipe.teacher, recipe)
-    return given
+    return with_null_prompt(given, recipe.teacher, recipe)
 
 
 def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
@@ -108,7 +110,7 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     if for_velocity and load_config(source)["role"] == "student":
         raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
-    return teacher
+    return with_null_prompt(teacher, source, recipe)
 
 
 def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
@@ -121,13 +123,14 @@ def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> s
     return probe(teacher, *images)["verdict"]
 
 
-def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """``n`` training images, always the same, and their labels."""
+def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Condition | None]:
+    """``n`` training images, always the same, and their labels or prompts."""
     indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))[:n].tolist()
-    x0 = torch.stack([data[i][0] for i in indices]).to(device)
-    if recipe.num_classes is None:
-        return x0, None
-    return x0, torch.tensor([int(data[i][1]) for i in indices], device=device)
+    items = [data[i] for i in indices]
+    if not recipe.is_conditional:
+        return torch.stack([x0 for x0, _ in items]).to(device), None
+    x0, labels = collate(items)
+    return x0.to(device), labels.to(device)
 
 
 def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
@@ -137,6 +140,30 @@ def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
         own = list(own) if isinstance(own, tuple) else own
         if own != asked:
             raise ValueError(f"the network {source!r} has {key} {own}, the recipe says {asked}")
+
+
+def with_null_prompt(network: Teacher, source: str, recipe: Recipe) -> Teacher:
+    """A network of texts with the null prompt of the recipe's prompts; any other one as it is.
+
+    Raises:
+        FileNotFoundError: no such prompts.
+        ValueError: a network of texts without prompts, prompts for one that takes no text, or of other shapes.
+    """
+    folder, wanted = recipe.data.prompts, network.text_condition
+    if wanted is None and folder is not None:
+        raise ValueError(f"the network {source!r} takes no text embeddings; remove data.prompts ({folder!r})")
+    if wanted is None:
+        return network
+    if folder is None:
+        raise ValueError(
+            f"the network {source!r} is conditioned on text: name a folder of distill precompute prompts as data.prompts"
+        )
+    null = null_prompt(folder)
+    if not fits(null.shapes(), wanted):
+        raise ValueError(
+            f"data.prompts {folder!r} holds text embeddings of shapes {null.shapes()}, the network {source!r} takes {wanted}"
+        )
+    return network.twin(null_prompt=null)
 
 
 def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
@@ -172,6 +199,7 @@ def new_network(recipe: Recipe) -> Teacher:
         build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
         n.label_format,
     )  # fmt: skip
+    network = with_null_prompt(network, n.name, recipe)
     last = None if recipe.num_classes is None else torch.tensor([recipe.num_classes - (recipe.label_dropout == 0)])
     try:
         with torch.no_grad():
@@ -273,6 +301,7 @@ class Trainer:
         )
         self.device = self.accelerator.device
         pretrained = load_pretrained(recipe, pretrained)
+        self.prompts: Prompts | None = recipe_prompts(recipe)
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
         self.velocity_teacher = load_velocity_teacher(recipe, pretrained)
@@ -413,10 +442,10 @@ class Trainer:
         """The training set; a teacher to distil is probed on it, and before it draws the images itself."""
         recipe, cache = self.recipe, self.output_dir / "cache"
         own = recipe.data.source == "teacher"
-        data = None if own else training_data(recipe, self.teacher, cache)
+        data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
         if recipe.needs_velocity:
             self.print(f"teacher: {teacher_verdict(recipe, self.teacher or self.velocity_teacher, data)}")
-        return training_data(recipe, self.teacher, cache) if own else data
+        return training_data(recipe, self.teacher, cache, self.prompts) if own else data
 
     def sampler(self, size: int) -> StepSampler:
         r, a = self.recipe, self.accelerator
@@ -462,7 +491,7 @@ class Trainer:
         for part in range(parts):
             x0, labels = next(batches)
             x0 = x0.to(self.device)
-            labels = labels.to(self.device) if recipe.num_classes is not None else None
+            labels = labels.to(self.device) if recipe.is_conditional else None
             seed = step_seed(recipe.seed, self.step, self.accelerator.process_index, part)
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)
@@ -595,18 +624,20 @@ class Trainer:
         r = self.recipe
         batches = generate(
             self.student, r.evaluation.validation_samples, num_inference_steps=2, role="student", seed=r.seed,
-            batch_size=r.evaluation.batch_size, guidance=self.validation_guidance,
+            batch_size=r.evaluation.batch_size, guidance=self.validation_guidance, labels=self.prompts,
         )  # fmt: skip
         return self.reference.frechet_distance(batches)
 
     def sample_rows(self) -> list[Tensor]:
         """Ten images a row from fixed seeds: a student at 1, 2 and 4 steps, a diffusion network by Heun's method."""
         if self.teacher is None:
-            rows = [generate(self.student, 40, num_inference_steps=18, role="teacher", seed=self.recipe.seed)]
-            return list(next(rows[0])[0].split(10))
+            samples = generate(
+                self.student, 40, num_inference_steps=18, role="teacher", seed=self.recipe.seed, labels=self.prompts
+            )
+            return list(next(samples)[0].split(10))
         return [
             next(generate(self.student, 10, num_inference_steps=n, role="student", seed=self.recipe.seed,
-                          guidance=self.validation_guidance))[0]
+                          guidance=self.validation_guidance, labels=self.prompts))[0]
             for n in (1, 2, 4)
         ]  # fmt: skip
 
@@ -661,6 +692,8 @@ def trained_model(trainer: Trainer) -> Model:
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
         "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),
     }  # fmt: skip
+    if recipe.data.prompts:
+        training["prompts"] = recipe.data.prompts
     extra = {"training": training}
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"

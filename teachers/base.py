@@ -37,6 +37,8 @@ class Teacher(nn.Module):
             Its own guidance is ignored. It is part of this module, and so moves with it, but stays in eval mode and is
             in no student and no saved model.
         source: the name or path it was loaded from, for messages and cards.
+        latents: whether samples are latents of an autoencoder, not images in [-1, 1]; ``None``: unless they have 1 or 3
+            channels, as images do.
         null_prompt: of a network of texts: the embeddings of the empty or negative prompt, one row. It stands where a
             class-conditional network has its null class.
 
@@ -56,6 +58,7 @@ class Teacher(nn.Module):
         source: str | None = None,
         guidance_teacher: "Teacher | None" = None,
         null_prompt: Embeddings | None = None,
+        latents: bool | None = None,
     ):
         super().__init__()
         if label_format not in LABEL_FORMATS:
@@ -73,6 +76,7 @@ class Teacher(nn.Module):
         self.source = source
         self.guidance_teacher = guidance_teacher
         self.null_prompt = null_prompt
+        self.latents = not has_image_channels(self.sample_shape) if latents is None else latents
         if guidance_teacher is not None:
             self.check_guidance_teacher(guidance_teacher)
             guidance_teacher.eval()
@@ -244,7 +248,7 @@ class Teacher(nn.Module):
             native=self.native, parameterization=self.parameterization, sigma_data=self.sigma_data,
             sample_shape=self.sample_shape, num_classes=self.num_classes, label_format=self.label_format,
             guidance_scale=self.guidance_scale, guidance_interval=self.guidance_interval, source=self.source,
-            guidance_teacher=self.guidance_teacher, null_prompt=self.null_prompt,
+            guidance_teacher=self.guidance_teacher, null_prompt=self.null_prompt, latents=self.latents,
         )  # fmt: skip
         return Teacher(**{**own, **changes}).train(self.training)
 
@@ -289,13 +293,18 @@ class Teacher(nn.Module):
 
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
-        return {
+        facts = {
             "parameterization": self.parameterization.to_dict(),
             "sigma_data": self.sigma_data,
             "sample_shape": list(self.sample_shape),
             "num_classes": self.num_classes,
             "label_format": self.label_format,
         }
+        return facts | ({"latents": self.latents} if self.latents == has_image_channels(self.sample_shape) else {})
+
+
+def has_image_channels(sample_shape: tuple[int, ...]) -> bool:
+    return sample_shape[0] in (1, 3)
 
 
 def with_guidance_embedding(native: nn.Module) -> nn.Module:
@@ -338,9 +347,10 @@ def wrap(
     sample_shape: tuple[int, ...],
     num_classes: int | None = None,
     label_format: str = "index",
+    latents: bool | None = None,
 ) -> Teacher:
     """Bring any ``nn.Module`` in one line; see :class:`Teacher` for the arguments.
 
     >>> teacher = wrap(my_unet, teachers.EDM, sigma_data=0.5, sample_shape=(3, 32, 32))
     """
-    return Teacher(module, parameterization, sigma_data, sample_shape, num_classes, label_format)
+    return Teacher(module, parameterization, sigma_data, sample_shape, num_classes, label_format, latents=latents)

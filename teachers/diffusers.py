@@ -61,15 +61,17 @@ def read_diffusers(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(f"{path}: its {component} has a {kind} time embedding; positional ones are supported")
     latents = any(index.get(name) not in (None, [None, None]) for name in ("vae", "vqvae"))  # [null, null]: left out
     size = own["sample_size"]
+    channels = own["in_channels"]
     config = {
         "role": "teacher",
         "network": NETWORKS[name],
         "network_config": {"config": json.loads(json.dumps(own))},
         "parameterization": convention.to_dict(),
         "sigma_data": sigma_data or (LATENT_SIGMA_DATA if latents else PIXEL_SIGMA_DATA),
-        "sample_shape": [own["in_channels"], *(size if isinstance(size, list | tuple) else (size, size))],
+        "sample_shape": [channels, *(size if isinstance(size, list | tuple) else (size, size))],
         "num_classes": own.get("num_class_embeds") if name == "UNet2DModel" else own["num_embeds_ada_norm"],
         "label_format": "index",
+        **({"latents": True} if latents and channels in (1, 3) else {}),
     }
     return config, {f"model.{key}": value.float() for key, value in model.state_dict().items()}
 

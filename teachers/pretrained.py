@@ -186,7 +186,7 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     native.load_state_dict(tensors)
     model = Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
-        config["label_format"], source=str(source),
+        config["label_format"], source=str(source), latents=config.get("latents"),
     )  # fmt: skip
     return model.to(device).eval()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import TextNetwork
 from torch import nn
 
 import teachers
@@ -11,25 +12,6 @@ from distill.sampling import generate
 from teachers.condition import Embeddings, join, replace_rows
 
 WIDTH, TOKENS = 5, 3
-
-
-class TextNetwork(nn.Module):
-    """A tiny network of texts: the mean token, the pooled embedding and the time shift the sample."""
-
-    text_condition = {
-        "encoder_hidden_states": (TOKENS, WIDTH), "encoder_attention_mask": (TOKENS,), "pooled_projections": (2,),
-    }  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.text, self.pooled, self.mix = nn.Linear(WIDTH, 4), nn.Linear(2, 4), nn.Linear(4, 4)
-
-    def forward(self, x, time, text):
-        mask = text["encoder_attention_mask"].to(x.dtype)[..., None]
-        mean = (text["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
-        shift = self.text(mean) + self.pooled(text["pooled_projections"]) + time.to(x.dtype)[:, None]
-        return self.mix(x.flatten(1) + torch.tanh(shift)).view_as(x)
 
 
 def prompts(num, seed=1, tokens=TOKENS):
@@ -43,7 +25,7 @@ def prompts(num, seed=1, tokens=TOKENS):
 
 @pytest.fixture
 def teacher():
-    wrapped = teachers.wrap(TextNetwork(), teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
+    wrapped = teachers.wrap(TextNetwork(4, TOKENS, WIDTH, 2, mask=True), teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
     return wrapped.twin(null_prompt=prompts(1, seed=9))
 
 
@@ -133,7 +115,7 @@ def test_dropped_prompts_become_the_null_prompt(teacher):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.tensor([1, 2]), "takes text embeddings encoder_hidden_states, encoder_attention_mask, pooled_projections"),
+        (torch.tensor([1, 2]), "takes text embeddings encoder_hidden_states, pooled_projections, encoder_attention_mask"),
         (Embeddings({"encoder_hidden_states": torch.zeros(2, 3, WIDTH)}), "takes text embeddings of shapes"),
         (prompts(2).tensors | {"pooled_projections": torch.zeros(2, 3)}, "takes text embeddings of shapes"),
     ],
