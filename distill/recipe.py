@@ -78,6 +78,16 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters, the only part of the student that is trained (:mod:`distill.lora`)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # an adapter's contribution is multiplied by alpha / rank
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # ends of names
+    dropout: float = 0.0  # of the adapters' inputs
+
+
+@dataclass
 class EMAConfig:
     """One exponential moving average: exactly one of the two widths."""
 
@@ -129,6 +139,7 @@ class Recipe:
     stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
     velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
     student: str | None = None  # distillation: the network to start from, such as a retrofitted one; null: the teacher's
+    lora: LoRAConfig | None = None  # distillation and training: train adapters of the teacher only; null: all weights
     max_velocity_error: float = 0.01  # retrofit: train until the mean squared velocity error, relative to F's, is this low
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
@@ -339,6 +350,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
         raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
     check_targets(recipe, where)
+    check_lora(recipe, where)
     interval = recipe.guidance_interval
     if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
         raise ValueError(f"{where}: guidance_interval must be [low, high], got {interval}")
@@ -367,6 +379,19 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     for key in ("validation_samples", "search_samples"):
         if 0 < getattr(e, key) < MINIMUM_SAMPLES:
             raise ValueError(f"{where}: evaluation.{key} must be 0 or at least {MINIMUM_SAMPLES}, got {getattr(e, key)}")
+
+
+def check_lora(recipe: Recipe, where: str) -> None:
+    """Rules for adapters."""
+    lora = recipe.lora
+    if lora is None:
+        return
+    if recipe.is_diffusion:
+        raise ValueError(f"{where}: lora belongs to the consistency objectives, not to {recipe.objective}; remove it")
+    if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
+        raise ValueError(f"{where}: lora needs a rank of at least 1, a positive alpha, and a dropout of at least 0, below 1")
+    if not lora.target_modules:
+        raise ValueError(f"{where}: lora.target_modules must name at least one module")
 
 
 def check_targets(recipe: Recipe, where: str) -> None:

@@ -24,6 +24,7 @@ from distill.data import captioned, check_sigma_data, load_images, recipe_prompt
 from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
+from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
 from distill.prompts import Prompts
 from distill.recipe import DataConfig, Recipe, load_recipe, parse_overrides
@@ -65,6 +66,8 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
         return model
     folder = trainer.output_dir / "student"
     save_model(model, folder)
+    if recipe.lora is not None and recipe.student is None:  # adapters of the teacher, which its pipeline has
+        write_adapters(folder, trainer.student)
     search_sampling_times(recipe, model, trainer.prompts)
     rows = report(recipe, model, trainer.teacher, trainer.prompts)
     others = tuple(f"{name}, " for name in recipe.evaluation.also)
@@ -211,14 +214,18 @@ def check(recipe: Recipe) -> str:
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments and one more copy for each average; the teacher may be another network.
+    # Weights, gradients, two Adam moments and one more copy for each average of what is trained. What is frozen is there
+    # once, also where student and teacher share it; the teacher may be another network.
     averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
-    frozen = 0 if teacher is None else sum(p.numel() for p in teacher.parameters())
-    state = 4 * (parameters * (4 + averages) + frozen)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    fixed = [p for p in student.parameters() if not p.requires_grad] + ([] if teacher is None else [*teacher.parameters()])
+    frozen = sum({id(p): p.numel() for p in fixed}.values())
+    state = 4 * (trained * (4 + averages) + frozen)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
+    part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
-        f"network: {type(student.native).__name__}, {parameters:,} parameters",
+        f"network: {type(student.native).__name__}, {parameters:,} parameters{part}",
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]

@@ -1,5 +1,6 @@
 """The training loop: one recipe from start, or from a checkpoint, to a trained network."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
+from distill.lora import adapters, add_adapters, merged, sharing_student
 from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
@@ -178,10 +180,13 @@ def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
         student = retrofit(pretrained)
     else:
         start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
-        student = start.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+        ranged = isinstance(recipe.guidance_scale, list)
+        student = start.student(ranged) if recipe.lora is None else sharing_student(start, ranged)
     if recipe.is_diffusion and recipe.label_dropout and student.num_classes is not None:
         student.require_null_class()
     set_dropout(student.native, recipe.dropout)
+    if recipe.lora is not None:  # after the dropout of the layers that they are added to, which is another one
+        add_adapters(student.native, recipe.lora, recipe.seed)
     return student
 
 
@@ -328,7 +333,7 @@ class Trainer:
             )
         # The derivative needs the bare network; it keeps the autocast that prepare added.
         self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
-        self.network.train(recipe.dropout > 0)
+        self.network.train(recipe.dropout > 0 or (recipe.lora is not None and recipe.lora.dropout > 0))
         if uses_derivative(recipe):
             probe_jvp(self.network)
         self.step = 0
@@ -365,11 +370,11 @@ class Trainer:
         return self.earlier_seconds + time.perf_counter() - self.start
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every module whose weights a checkpoint holds, by file name."""
-        modules = {"network": self.network.native}
-        modules |= {f"ema-{i}": ema.network.native for i, ema in enumerate(self.emas)}
+        """Every module whose weights a checkpoint holds, by file name; of a network with adapters, these alone."""
+        networks = {"network": self.network, **{f"ema-{i}": ema.network for i, ema in enumerate(self.emas)}}
         if self.target is not None:
-            modules["target"] = self.target.network.native
+            networks["target"] = self.target.network
+        modules = {name: n.native if self.recipe.lora is None else adapters(n.native) for name, n in networks.items()}
         if self.objective.weighting is not None:
             modules["weighting"] = self.accelerator.unwrap_model(self.objective.weighting)
         return modules
@@ -687,13 +692,16 @@ class MetricsLog:
 
 def trained_model(trainer: Trainer) -> Model:
     """A finished run's averaged network with everything a card says about it."""
-    recipe, network = trainer.recipe, trainer.student
+    recipe = trainer.recipe
+    network = trainer.student if recipe.lora is None else merged(trainer.student)
     training = {
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
         "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),
     }  # fmt: skip
     if recipe.data.prompts:
         training["prompts"] = recipe.data.prompts
+    if recipe.lora is not None:
+        training["lora"] = dataclasses.asdict(recipe.lora)
     extra = {"training": training}
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"
