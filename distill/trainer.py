@@ -334,6 +334,7 @@ class Trainer:
             mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
         )
         self.device = self.accelerator.device
+        torch.manual_seed(recipe.seed)  # of weights that are new
         pretrained = load_pretrained(recipe, pretrained)
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
