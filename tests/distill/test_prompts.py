@@ -8,28 +8,15 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import text_pipelines
 import torch
-from datasets import Dataset, Features, Image, Value
-from diffusers import AutoencoderKL
-from PIL import Image as Picture
+from datasets import Dataset
 from safetensors.torch import load_file
-from support import TextNetwork
 
-import distill
-import teachers
 from distill import cli, shards
-from distill.data import teacher_samples, training_data
-from distill.latents import Decoder, Latents
-from distill.precompute import precompute_latents, precompute_prompts, read_captions
+from distill.precompute import precompute_prompts, read_captions
 from distill.prompts import Prompts, TextEncoders
-from distill.recipe import DataConfig, parse_recipe
-from distill.run import check, run
-from distill.sampling import generate
-from distill.trainer import Trainer, build_student, load_pretrained
-from teachers.condition import Embeddings
 
 CAPTIONS = ["a red cat", "", "two dogs", "a very long walk in the wood", "sun", "rain", "a hat"]
 
