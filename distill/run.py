@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
@@ -58,6 +59,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
+    obstacle = export_obstacle(trainer.student)
+    if obstacle is not None and not recipe.is_diffusion:
+        trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
@@ -71,7 +75,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
-        if model.role == "student":
+        if model.role == "student" and obstacle is None:
             model.export(trainer.output_dir / "pipeline")
             written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")

@@ -1,4 +1,9 @@
-"""What tests of several files build on: tiny networks of diffusers, and a Python without this package."""
+"""What tests of several files build on: tiny networks of diffusers, and a Python without this package, users' files."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 
 UNET2D = dict(
     sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
@@ -25,3 +30,11 @@ assert not any(map(find_spec, ABSENT))
 import torch
 from diffusers import DiffusionPipeline
 """
+
+
+def import_file(path: Path) -> ModuleType:
+    """A file as a module under its own name, as ``import`` makes it where its folder is on the path; always anew."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
