@@ -10,6 +10,7 @@ from torch import Tensor
 from distill import trigflow
 from distill.sampling import evaluation_mode, solve_ode
 from teachers import Teacher
+from teachers.condition import Condition
 
 TIMES = (0.3, 0.8, 1.1, 1.3, 1.45, 1.53)
 
@@ -23,7 +24,7 @@ class EndpointError:
         seed: of the noise.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor, labels: Tensor | None, seed: int = 0, num_inference_steps=40):
+    def __init__(self, teacher: Teacher, x0: Tensor, labels: Condition | None, seed: int = 0, num_inference_steps=40):
         self.labels = labels
         generator = torch.Generator().manual_seed(seed)
         z = (teacher.sigma_data * torch.randn(x0.shape, generator=generator)).to(x0)
@@ -52,7 +53,7 @@ class VelocityError:
         seed: of the noise.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor, labels: Tensor | None, seed: int = 0):
+    def __init__(self, teacher: Teacher, x0: Tensor, labels: Condition | None, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         z = (teacher.sigma_data * torch.randn(x0.shape, generator=generator)).to(x0)
         self.labels = labels

@@ -63,7 +63,7 @@ def probe_jvp(network: Teacher) -> None:
     generator = torch.Generator().manual_seed(0)
     x_t, dx = (network.sigma_data * torch.randn(1, *network.sample_shape, generator=generator).to(device) for _ in "xv")
     t = torch.ones(1, device=device)
-    labels = None if network.num_classes is None else torch.zeros(1, dtype=torch.long, device=device)
+    labels = network.example_condition(1, device)
     traced_jvp(network, lambda x, s: network(x, s, labels), (x_t, t), (dx, torch.ones_like(t)))
 
 
@@ -84,7 +84,7 @@ def check_jvp(network: Teacher, batch_size: int = 2, seed: int = 0, tolerance: f
     device = next(network.parameters()).device
     shape = (batch_size, *network.sample_shape)
     x_t, dx = (network.sigma_data * torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    labels = None if network.num_classes is None else torch.arange(batch_size, device=device) % network.num_classes
+    labels = network.example_condition(batch_size, device)
     ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / network.sigma_data
     reference = copy.deepcopy(network).double()
     errors = []

@@ -9,18 +9,18 @@ throughout.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from teachers.diffusers import read_json
+from distill.shards import Kind, Shards, is_folder_of, open_shard
+from teachers import hub
+from teachers.diffusers import has_safetensors, read_json
 
-MANIFEST = "manifest.json"
-FORMAT, VERSION = "scm-distill-latents", 1
+LATENTS = Kind("latents", frozenset({"normalization", "sample_shape", "label_column"}))
 
 
 @dataclass(frozen=True)
@@ -114,35 +114,78 @@ def decode(vae: nn.Module, x: Tensor, norm: LatentNormalization) -> Tensor:
     return 1 + (images - 1) / width
 
 
-def is_latents_folder(source: str | Path) -> bool:
-    """Whether ``distill precompute latents`` wrote, or began to write, this folder."""
-    path = Path(source) / MANIFEST
-    return path.is_file() and read_json(path).get("format") == FORMAT
-
-
-def read_manifest(folder: Path) -> dict:
-    """The ``manifest.json`` of a folder of latents.
+def vae_folder(source: str | Path) -> Path:
+    """Where an autoencoder lies that is named by its folder or by its pipeline's, on disk or on the hub.
 
     Raises:
-        ValueError: it is damaged or of another version.
+        ValueError, OSError: see :func:`teachers.hub.fetch`.
     """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"{folder / MANIFEST} is not a {FORMAT} version {VERSION} manifest")
-    missing = {"normalization", "count", "sample_shape", "label_column", "shard_size", "shards"} - manifest.keys()
-    if missing:
-        raise ValueError(f"{folder / MANIFEST} lacks the key {min(missing)!r}")
-    return manifest
+    folder = hub.fetch_model(source, ".", "vae") if hub.is_hub(source) else Path(source)
+    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
-def shard_names(count: int, shard_size: int) -> list[str]:
-    """The files of ``count`` latents, in order."""
-    return [f"latents-{i:05d}.safetensors" for i in range(-(-count // shard_size))]
+def load_vae(source: str | Path) -> nn.Module:
+    """A diffusers autoencoder from its folder, in fp32, on a GPU if there is one; see :func:`vae_folder`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, another kind of model, or weights that are damaged; one sentence.
+    """
+    from diffusers import AutoencoderKL  # slow, and training does not need it
+
+    folder = vae_folder(source)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no autoencoder in {folder}: it has no config.json")
+    kind = read_json(config).get("_class_name")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"{config} is of a {kind}; supported: AutoencoderKL")
+    try:
+        vae, info = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, use_safetensors=has_safetensors(folder), torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the autoencoder in {folder} cannot be loaded: {reason}") from error
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"the autoencoder in {folder} has tensors missing or too many: {', '.join(map(str, wrong[:3]))}")
+    return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Decoder:
+    """An autoencoder that makes images of a network's samples.
+
+    Args:
+        folder: a diffusers ``AutoencoderKL``, as of :func:`load_vae`.
+        norm_name: the normalisation of the latents that the network was trained on, one of ``NAMES``.
+        channels: of the network's samples.
+
+    Raises:
+        FileNotFoundError, ValueError: a bad autoencoder, one of other latents, or no such normalisation; one sentence each.
+    """
+
+    def __init__(self, folder: str | Path, norm_name: str, channels: int):
+        self.vae = load_vae(Path(folder))
+        self.normalization = normalization(norm_name, self.vae)
+        own = self.vae.config.latent_channels
+        if own != channels:
+            raise ValueError(f"{folder} is an autoencoder of {own} latent channels, but the model's samples have {channels}")
+
+    @property
+    def image_channels(self) -> int:
+        return self.vae.config.out_channels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Images ``(B, C, H, W)`` in [-1, 1] of samples ``(B, C, h, w)``, on their device."""
+        # One at a time: each takes far more memory than its latent.
+        parts = [decode(self.vae, part.to(self.vae.device), self.normalization) for part in x.split(1)]
+        return torch.cat(parts).to(x.device)
+
+
+def is_latents_folder(source: str | Path) -> bool:
+    """Whether ``distill precompute latents`` wrote, or began to write, this folder."""
+    return is_folder_of(LATENTS, source)
 
 
 class Latents(Dataset):
@@ -157,56 +200,27 @@ class Latents(Dataset):
     """
 
     def __init__(self, folder: str | Path, seed: int = 0):
-        self.folder, self.seed = Path(folder), seed
-        manifest = read_manifest(self.folder)
+        self.seed, self.shards = seed, Shards(folder, LATENTS)
+        manifest = self.shards.manifest
         constants = manifest["normalization"]
         self.normalization = LatentNormalization(constants["image_low"], constants["scale"], constants["bias"])
-        self.count, self.shard_size = manifest["count"], manifest["shard_size"]
         self.shape: list[int] = manifest["sample_shape"]
         self.labelled = manifest["label_column"] is not None
-        self.names = shard_names(self.count, self.shard_size)
-        self.verify(manifest["shards"])
-        self.labels = torch.zeros(self.count, dtype=torch.long)
+        self.labels = torch.zeros(len(self), dtype=torch.long)
         if self.labelled:
-            self.labels = torch.cat([open_shard(self.folder / name).get_tensor("labels") for name in self.names])
-
-    def verify(self, hashes: dict[str, str]) -> None:
-        """Read every file once and compare it with the manifest."""
-        open_shard.cache_clear()  # a file may have been replaced since it was opened
-        done = sum(name in hashes for name in self.names)
-        if done < len(self.names):
-            raise ValueError(
-                f"the latents in {self.folder} are not finished: {done} of {len(self.names)} shards; "
-                "run the same distill precompute latents again, it goes on from there"
-            )
-        again = "delete it and run the same distill precompute latents again"
-        for name in self.names:
-            path = self.folder / name
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; run the same distill precompute latents again")
-            if file_hash(path) != hashes[name]:
-                raise ValueError(f"{path} is not the file that its manifest describes (damaged or changed); {again}")
+            files = [open_shard(self.shards.folder / name) for name in self.shards.names]
+            self.labels = torch.cat([file.get_tensor("labels") for file in files])
 
     def __len__(self) -> int:
-        return self.count
+        return self.shards.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        epoch, row = divmod(index, self.count)
-        number, place = divmod(row, self.shard_size)
-        shard = open_shard(self.folder / self.names[number])
+        epoch, row = divmod(index, len(self))
+        shard, place = self.shards.place(row)
         mean, std = (shard.get_slice(key)[place].float() for key in ("mean", "std"))
         digest = hashlib.sha256(f"latent {self.seed} {epoch} {row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         return self.normalization(mean + std * torch.randn(mean.shape, generator=generator)), int(self.labels[row])
-
-
-@lru_cache(maxsize=256)
-def open_shard(path: Path):
-    """A shard, mapped into memory. Each process opens its own."""
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def constants_of(norm: LatentNormalization, name: str) -> dict:

@@ -25,12 +25,12 @@ class SCMNetwork(ModelMixin, ConfigMixin):
         num_classes: int | None = None, label_format: str = "index", format: str = "scm-distill", version: int = 1,
         role: str = "student", sampling: dict | None = None, guidance_scale: float | None = None,
         guidance_range: list[float] | None = None, teacher: str | None = None, training: dict | None = None,
-        metrics: dict | None = None,
+        metrics: dict | None = None, latents: bool | None = None,
     ):  # fmt: skip
         super().__init__()
         native = build(network, network_config)
         convention = Parameterization(**parameterization)
-        self.model = Teacher(native, convention, sigma_data, tuple(sample_shape), num_classes, label_format)
+        self.model = Teacher(native, convention, sigma_data, tuple(sample_shape), num_classes, label_format, latents=latents)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """``F(x_t, t)``, see :class:`teachers.Teacher`."""

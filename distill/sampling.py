@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from distill import trigflow
+from distill.prompts import Prompts
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers import Teacher
+from teachers.condition import Condition, Embeddings
 
 
 class SampleNoise:
@@ -54,7 +56,7 @@ def consistency_sample(
 def sample_student(
     student: Teacher,
     seeds: list[int],
-    labels: Tensor | None = None,
+    labels: Condition | None = None,
     num_inference_steps: int = 2,
     times: list[float] | None = None,
     guidance: float | None = None,
@@ -96,8 +98,14 @@ class evaluation_mode:
         self.module.train(self.training)
 
 
-def check_condition(model: Teacher, labels: Tensor | None, num: int) -> Tensor | None:
-    """Labels on the model's device, checked: one per sample, each a class."""
+def check_condition(model: Teacher, labels: Condition | Prompts | list[int] | None, num: int) -> Condition | Prompts | None:
+    """Labels or prompts on the model's device, checked: one per sample, each a class or what the text encoder gives.
+    Prompts on the disk stay there.
+    """
+    if model.text_condition is not None:
+        return check_prompts(model, labels, num)
+    if isinstance(labels, Embeddings | Prompts):
+        raise ValueError(f"{model.source or 'this model'} takes no text embeddings")
     if labels is None:
         if model.num_classes is not None:
             raise ValueError(f"this model is class-conditional and needs labels 0 to {model.num_classes - 1}")
@@ -111,6 +119,19 @@ def check_condition(model: Teacher, labels: Tensor | None, num: int) -> Tensor |
     return labels
 
 
+def check_prompts(model: Teacher, prompts: Embeddings | Prompts | None, num: int) -> Embeddings | Prompts:
+    """As :func:`check_condition`, for a network of texts."""
+    if prompts is None:
+        raise ValueError("this model is conditioned on text and needs the embeddings of a prompt for each sample")
+    if isinstance(prompts, Prompts):
+        model.check_text(prompts.null)
+        return prompts
+    model.check_text(prompts)
+    if len(prompts) != num:
+        raise ValueError(f"{num} samples need {num} prompts, got {len(prompts)}")
+    return prompts.to(device_of(model))
+
+
 def sigma_grid(num_inference_steps: int, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:
     """EDM's noise levels, fp64 ``(n + 1,)``, decreasing, with 0 at the end (arXiv 2206.00364, equation 5)."""
     if num_inference_steps < 1:
@@ -120,7 +141,7 @@ def sigma_grid(num_inference_steps: int, sigma_min=0.002, sigma_max=80.0, rho=7.
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
 
-def denoiser(model: Teacher, labels: Tensor | None, guidance: float | Tensor | None = None) -> Callable:
+def denoiser(model: Teacher, labels: Condition | None, guidance: float | Tensor | None = None) -> Callable:
     """EDM's ``D(x_sigma, sigma)`` of a model, for ``x_sigma = x_t / cos(t)`` and ``sigma``, a scalar or ``(B, 1, ..., 1)``;
     ``guidance``, one scale or ``(B,)``, in place of the model's own.
     """
@@ -197,7 +218,7 @@ def count_evaluations(num_inference_steps: int, solver: str = "heun") -> int:
 def sample_teacher(
     teacher: Teacher,
     seeds: list[int],
-    labels: Tensor | None = None,
+    labels: Condition | None = None,
     num_inference_steps: int = 18,
     solver: str = "heun",
     sigma_min: float = 0.002,
@@ -221,7 +242,7 @@ def sample_teacher(
 
 
 @torch.no_grad()
-def solve_ode(teacher: Teacher, x_t: Tensor, t: float, labels: Tensor | None, num_inference_steps: int = 40) -> Tensor:
+def solve_ode(teacher: Teacher, x_t: Tensor, t: float, labels: Condition | None, num_inference_steps: int = 40) -> Tensor:
     """The end at time 0 of the PF-ODE through ``x_t`` ``(B, C, H, W)`` at time ``t``, by Heun's method."""
     sigma = float(trigflow.sigma_from_time(torch.tensor(t, dtype=torch.float64), teacher.sigma_data))
     sigmas = sigma_grid(num_inference_steps, sigma_max=sigma)
@@ -240,18 +261,19 @@ def generate(
     *,
     num_inference_steps: int,
     role: str,
-    labels: Tensor | list[int] | None = None,
+    labels: Condition | Prompts | list[int] | None = None,
     seed: int = 0,
     batch_size: int = 250,
     times: list[float] | None = None,
     guidance: float | None = None,
     solver: str = "heun",
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of images ``(B, C, H, W)`` clamped to [-1, 1] and their labels, ``num`` in all.
+) -> Iterator[tuple[Tensor, Condition | None]]:
+    """Batches of images ``(B, C, H, W)`` clamped to [-1, 1], or of latents as they are, and their labels, ``num`` in all.
 
     Args:
         role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
-        labels: one per image; by default they cycle through the classes.
+        labels: one per image; by default they cycle through the classes. A folder of prompts is gone through in order,
+            again from its start after its end.
         guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
         solver: of a teacher: ``heun`` (2n - 1 evaluations) or ``dpmpp_2m`` (n evaluations).
 
@@ -282,13 +304,13 @@ def generate(
 def draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver):
     """The iterator behind :func:`generate`."""
     for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
+        part = slice(start, min(start + batch_size, len(seeds)))
         y = None if labels is None else labels[part]
         if role == "teacher":
             images = sample_teacher(model, seeds[part], y, num_inference_steps, solver, guidance=guidance)
         else:
             images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
-        yield images.clamp(-1, 1), y
+        yield (images if model.latents else images.clamp(-1, 1)), y
 
 
 def search_times(score: Callable[[list[float]], float], times: list[float], rounds: int = 2) -> tuple[list[float], float]:

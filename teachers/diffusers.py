@@ -14,6 +14,11 @@ from teachers.parameterization import EDM, Parameterization
 
 INDEX = "model_index.json"
 COMPONENTS = ("unet", "transformer")  # where pipelines keep the network
+SCHEDULER = "scheduler_config.json"
+# What a pipeline says of itself, in small files. Old ones have all their parts in one folder.
+DESCRIPTIONS = (
+    INDEX, "config.json", SCHEDULER, f"scheduler/{SCHEDULER}", *(f"{component}/config.json" for component in COMPONENTS)
+)  # fmt: skip
 # Class in diffusers -> our network around it.
 NETWORKS = {"UNet2DModel": "DiffusersUNet2D", "DiTTransformer2DModel": "DiffusersDiT"}
 DISTILLED = {"LCMScheduler", "TCDScheduler", "SCMScheduler", "CMStochasticIterativeScheduler", "FlowMatchLCMScheduler"}
@@ -47,31 +52,53 @@ def read_diffusers(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ValueError: a pipeline, network or scheduler that is not supported, or damaged files; one sentence.
     """
     index = read_json(path / INDEX)
-    component = next((name for name in COMPONENTS if name in index), None)
-    if component is None:
-        raise ValueError(f"{path} is a {index['_class_name']} without a {' or '.join(COMPONENTS)}")
-    name = class_name(index, component, path)
-    if name not in NETWORKS:
-        raise ValueError(f"{path}: its {component} is a {name}; supported: {', '.join(NETWORKS)}")
+    component, name = network_of(index, path)
     convention, sigma_data = scheduler_convention(load_scheduler(path, class_name(index, "scheduler", path)))
     model = load_network(path, component, name)
     own = {key: value for key, value in model.config.items() if not key.startswith("_")}
     if own.get("time_embedding_type", "positional") != "positional":
         kind = own["time_embedding_type"]
         raise ValueError(f"{path}: its {component} has a {kind} time embedding; positional ones are supported")
-    latents = "vae" in index or "vqvae" in index
+    latents = any(index.get(name) not in (None, [None, None]) for name in ("vae", "vqvae"))  # [null, null]: left out
     size = own["sample_size"]
+    channels = own["in_channels"]
     config = {
         "role": "teacher",
         "network": NETWORKS[name],
         "network_config": {"config": json.loads(json.dumps(own))},
         "parameterization": convention.to_dict(),
         "sigma_data": sigma_data or (LATENT_SIGMA_DATA if latents else PIXEL_SIGMA_DATA),
-        "sample_shape": [own["in_channels"], *(size if isinstance(size, list | tuple) else (size, size))],
+        "sample_shape": [channels, *(size if isinstance(size, list | tuple) else (size, size))],
         "num_classes": own.get("num_class_embeds") if name == "UNet2DModel" else own["num_embeds_ada_norm"],
         "label_format": "index",
+        **({"latents": True} if latents and channels in (1, 3) else {}),
     }
     return config, {f"model.{key}": value.float() for key, value in model.state_dict().items()}
+
+
+def network_of(index: dict, path: Path) -> tuple[str, str]:
+    """The component that is a pipeline's network, and its class.
+
+    Raises:
+        ValueError: there is none, or none that is supported.
+    """
+    component = next((name for name in COMPONENTS if name in index), None)
+    if component is None:
+        raise ValueError(f"{path} is a {index['_class_name']} without a {' or '.join(COMPONENTS)}")
+    name = class_name(index, component, path)
+    if name not in NETWORKS:
+        raise ValueError(f"{path}: its {component} is a {name}; supported: {', '.join(NETWORKS)}")
+    return component, name
+
+
+def network_folder(path: Path) -> Path:
+    """Where a pipeline keeps its network; see :func:`network_of`."""
+    return component_folder(path, network_of(read_json(path / INDEX), path)[0])
+
+
+def component_folder(path: Path, component: str) -> Path:
+    """The folder of a pipeline's component: one of its own, or the pipeline's."""
+    return path / component if (path / component).is_dir() else path
 
 
 def class_name(index: dict, component: str, path: Path) -> str:
@@ -104,14 +131,20 @@ def load_scheduler(path: Path, name: str):
 def load_network(path: Path, component: str, name: str):
     import diffusers
 
-    return read_component(getattr(diffusers, name), path, component)
+    safe = has_safetensors(component_folder(path, component))
+    return read_component(getattr(diffusers, name), path, component, use_safetensors=safe)
 
 
-def read_component(cls, path: Path, subfolder: str):
+def has_safetensors(folder: Path) -> bool:
+    """Whether a model's weights are safetensors; else diffusers is to read a ``.bin`` (by ``torch.load``, weights only)."""
+    return any(folder.glob("*.safetensors"))
+
+
+def read_component(cls, path: Path, component: str, **options):
     try:
-        return cls.from_pretrained(path, subfolder=subfolder, local_files_only=True)
+        return cls.from_pretrained(component_folder(path, component), local_files_only=True, **options)
     except Exception as error:  # diffusers and safetensors raise many kinds for missing and damaged files
-        raise ValueError(f"{path / subfolder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path}: its {component} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def scheduler_convention(scheduler) -> tuple[Parameterization, float | None]:

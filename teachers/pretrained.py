@@ -1,9 +1,13 @@
-"""Loading and saving: bundled models, model folders, run folders and exported pipelines; safetensors only."""
+"""Loading and saving: bundled models, model folders, run folders and exported pipelines, on disk or on the Hugging Face hub;
+safetensors only.
+"""
 
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
-from teachers.diffusers import is_diffusers_folder, read_diffusers
+from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers
 from teachers.networks import NETWORKS, OURS, build, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
@@ -40,12 +45,13 @@ def bundled() -> list[str]:
 
 def resolve(source: str | Path) -> Path:
     """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline; or
-    the file itself, for an NVlabs pickle or a released checkpoint.
+    the file itself, for an NVlabs pickle or a released checkpoint. ``hf://owner/name[@revision][/path]`` is any of them on
+    the Hugging Face hub and is downloaded (:mod:`teachers.hub`).
 
     A bundled name wins over a folder of the same name; write ``./name`` for the folder.
 
     Raises:
-        FileNotFoundError: no such name or folder (with the nearest bundled name).
+        FileNotFoundError: no such name, folder or place on the hub (with the nearest bundled name).
         ValueError: a folder or file that holds no model.
     """
     return locate(source)[1]
@@ -55,11 +61,9 @@ def locate(source: str | Path) -> tuple[str, Path]:
     """What kind of thing ``source`` is, in words, and its model folder; see :func:`resolve`."""
     if str(source) in bundled():
         return "bundled model", ZOO / str(source)
-    path = Path(source)
+    path = download(str(source)) if hub.is_hub(source) else Path(source)
     if not path.exists():
-        near = difflib.get_close_matches(str(source).lower(), bundled(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(bundled())}"
-        raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
+        raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {suggestion(str(source))}")
     if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json") and (path.parent / "config.json").is_file():
         path = path.parent
     for kind, (matches, _) in READERS.items():
@@ -73,6 +77,34 @@ def locate(source: str | Path) -> tuple[str, Path]:
         f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, a "
         "pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors"
     )
+
+
+def suggestion(name: str) -> str:
+    """What may have been meant by a name that is not there."""
+    near = difflib.get_close_matches(name.lower(), bundled(), n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    on_hub = f"; on the Hugging Face hub it would be hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    return f"bundled models: {', '.join(bundled())}{on_hub}"
+
+
+@lru_cache  # one process sees one snapshot
+def download(source: str) -> Path:
+    """The local copy of a model on the hub. Configs come first: they say whether there are weights to fetch, and which.
+
+    Raises:
+        ValueError, OSError: as :func:`teachers.hub.fetch`; or it is not a model that can be read.
+    """
+    path = hub.fetch(source, [*DESCRIPTIONS, f"network/{hub.CONFIG}", f"student/{hub.CONFIG}"])
+    if path.is_file():
+        return path
+    kind, folder = locate(path)
+    if kind == "diffusers pipeline":
+        hub.fetch_model(source, network_folder(path).relative_to(path).as_posix())
+        return path
+    load_config(path)
+    hub.fetch(source, [(folder.relative_to(path) / name).as_posix() for name in (WEIGHTS, PIPELINE_WEIGHTS)])
+    return path
 
 
 def load_config(source: str | Path) -> dict:
@@ -133,8 +165,9 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """A pretrained teacher or student as a TrigFlow network in fp32, in eval mode; trainable as it was built.
 
     Args:
-        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, an NVlabs pickle, a
-            released checkpoint (:mod:`teachers.checkpoints`), or a ``Teacher``, which is returned as it is.
+        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, a pipeline of diffusers,
+            an NVlabs pickle, a released checkpoint (:mod:`teachers.checkpoints`), one of these on the Hugging Face hub
+            (``hf://owner/name``), or a ``Teacher``, which is returned as it is.
 
     Raises:
         FileNotFoundError: nothing by that name.
@@ -153,7 +186,7 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     native.load_state_dict(tensors)
     model = Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
-        config["label_format"], source=str(source),
+        config["label_format"], source=str(source), latents=config.get("latents"),
     )  # fmt: skip
     return model.to(device).eval()
 

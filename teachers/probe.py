@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from teachers.base import Teacher
+from teachers.condition import Condition
 from teachers.parameterization import PREDICTIONS, PRESETS, SCHEDULES, TIMES, Parameterization
 
 PROBE_TIMES = (0.1, 0.3, 0.8, 1.2, 1.45)  # radians
@@ -61,7 +62,7 @@ class Fit(NamedTuple):
         return self.worst <= LIMIT and self.mean <= IGNORANT
 
 
-def probe(teacher: Teacher, images: Tensor | None = None, labels: Tensor | None = None) -> dict:
+def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | None = None) -> dict:
     """Check that the teacher's network denoises under its parameterization, and if not, whether it does under another one
     of the same family (other prediction, other time, time scaled by 1000 or 1/1000).
 
@@ -121,19 +122,16 @@ def times_with_the_constants_of(p: Parameterization) -> list[str]:
     return [time for time in usual if time != "trigflow" or p.time == time]
 
 
-def fit_of_sibling(teacher: Teacher, p: Parameterization, images: Tensor | None, labels: Tensor | None) -> Fit:
+def fit_of_sibling(teacher: Teacher, p: Parameterization, images: Tensor | None, labels: Condition | None) -> Fit:
     """:func:`fit` under another parameterization, which may give the network times that it cannot take."""
-    twin = Teacher(
-        teacher.native, p, teacher.sigma_data, teacher.sample_shape, teacher.num_classes, teacher.label_format
-    )  # fmt: skip
     try:
-        return fit(twin.train(teacher.training), images, labels)
+        return fit(teacher.twin(parameterization=p, guidance_scale=1.0), images, labels)
     except (RuntimeError, IndexError, ValueError, AssertionError):
         return Fit([math.inf] * len(PROBE_TIMES))
 
 
 @torch.no_grad()
-def fit(teacher: Teacher, images: Tensor | None, labels: Tensor | None) -> Fit:
+def fit(teacher: Teacher, images: Tensor | None, labels: Condition | None) -> Fit:
     """The teacher's denoising errors, in eval mode and with fixed noise."""
     training = teacher.training
     teacher.eval()
@@ -147,7 +145,7 @@ def fit(teacher: Teacher, images: Tensor | None, labels: Tensor | None) -> Fit:
         teacher.train(training)
 
 
-def denoising_errors(teacher: Teacher, x0: Tensor, labels: Tensor | None, noise: torch.Generator) -> list[float]:
+def denoising_errors(teacher: Teacher, x0: Tensor, labels: Condition | None, noise: torch.Generator) -> list[float]:
     """``error(t)`` at each of ``PROBE_TIMES``; infinite where the network is not finite."""
     s, errors = x0.std().item(), []
     for t in PROBE_TIMES:
@@ -160,11 +158,11 @@ def denoising_errors(teacher: Teacher, x0: Tensor, labels: Tensor | None, noise:
     return errors
 
 
-def draw(teacher: Teacher, noise: torch.Generator) -> tuple[Tensor, Tensor | None]:
+def draw(teacher: Teacher, noise: torch.Generator) -> tuple[Tensor, Condition | None]:
     """A few samples of the teacher's own by first-order steps, and their labels."""
     p = next(teacher.parameters(), torch.zeros(1))
     n = max(8, 512 // math.prod(teacher.sample_shape))  # few dimensions need more samples for as good a mean
-    labels = None if teacher.num_classes is None else torch.arange(n, device=p.device) % teacher.num_classes
+    labels = teacher.example_condition(n, p.device)
     x = gaussian(teacher, torch.empty(n, *teacher.sample_shape, dtype=p.dtype, device=p.device), noise)
     times = [math.atan(tan) for tan in DRAWING_TANGENTS]
     for s, t in zip(times, [*times[1:], 0.0], strict=True):
@@ -177,7 +175,7 @@ def gaussian(teacher: Teacher, like: Tensor, noise: torch.Generator) -> Tensor:
     return (teacher.sigma_data * torch.randn(like.shape, generator=noise)).to(like)
 
 
-def ddim_step(teacher: Teacher, x: Tensor, s: float, t: float, labels: Tensor | None) -> Tensor:
+def ddim_step(teacher: Teacher, x: Tensor, s: float, t: float, labels: Condition | None) -> Tensor:
     """Equation 26 for one time; to ``t = 0`` it is the denoiser."""
     F = teacher.evaluate(x, torch.full((len(x),), s, dtype=torch.float64, device=x.device), labels)
     return math.cos(s - t) * x - math.sin(s - t) * teacher.sigma_data * F

@@ -39,11 +39,9 @@ def retrofit(teacher: Teacher) -> Teacher:
     for name, embedding in new.items():
         fit(embedding, t, copy.deepcopy(old[name]).cpu()(signal).detach())
     convention = dataclasses.replace(teacher.parameterization, time="trigflow", time_scale=1.0, schedule=None)
-    twin = Teacher(
-        smooth, convention, teacher.sigma_data, teacher.sample_shape, teacher.num_classes, teacher.label_format,
-        source=teacher.source,
-    )  # fmt: skip
-    return twin.train(teacher.training)
+    return teacher.twin(
+        native=smooth, parameterization=convention, guidance_scale=1.0, guidance_interval=None, guidance_teacher=None
+    )
 
 
 def training_times(sigma_data: float) -> Tensor:

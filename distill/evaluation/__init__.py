@@ -191,7 +191,7 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], reference: Referen
     Raises:
         ValueError: too few samples, or images whose features are not finite.
     """
-    extracted = [extract(reference.extractor, images, labels) for images, labels in batches]
+    extracted = [extract(reference.extractor, x, y if torch.is_tensor(y) else None) for x, y in batches]
     features = torch.cat([f for f, _ in extracted])
     known = all(h is not None for _, h in extracted)
     scores = reference.score(features, torch.cat([h for _, h in extracted]) if known else None)

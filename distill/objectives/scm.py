@@ -18,6 +18,7 @@ from distill.objectives.stable_targets import StableTargets
 from distill.recipe import Recipe, TangentConfig
 from distill.sampling import denoiser, exponential_adams
 from teachers import Teacher
+from teachers.condition import Condition
 from teachers.networks.layers import PositionalEmbedding
 
 
@@ -115,7 +116,7 @@ class Diffusion:
         z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
         if labels is not None and p.label_dropout:
             drop = (torch.rand(len(x0), generator=generator) < p.label_dropout).to(x0.device)
-            labels = torch.where(drop, p.num_classes, labels)
+            labels = network.drop_condition(labels, drop)
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
         error = mean_square(student(x_t, t, labels) - self.target(x0, z, x_t, t, labels))
@@ -141,7 +142,7 @@ class NoisyBatch(NamedTuple):
     x_t: Tensor
     t: Tensor  # (B,)
     t_next: Tensor | None  # the next smaller time of the discrete objective
-    labels: Tensor | None
+    labels: Condition | None
     guidance: Tensor | None
 
     def rows(self, mask: Tensor) -> "NoisyBatch":
@@ -198,7 +199,7 @@ class Consistency:
         """Step 1 of Algorithm 1."""
         t, t_next = self.sample_times(len(x0), generator, x0.device)
         z = self.recipe.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
-        guidance = self.sample_guidance(len(x0), generator, x0.device)
+        guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
     def tangent(self, network, batch: NoisyBatch, step: int, rng) -> tuple[Tensor, Tensor]:
@@ -251,13 +252,6 @@ class Consistency:
         index = torch.searchsorted(self.grid, t).clamp(1, len(self.grid) - 1)
         return self.grid[index].float().to(device), self.grid[index - 1].float().to(device)
 
-    def sample_guidance(self, n: int, generator, device) -> Tensor | None:
-        """Guidance scales ``(n,)``, uniform over the recipe's range; ``None`` when the scale is fixed."""
-        if not isinstance(self.recipe.guidance_scale, list):
-            return None
-        low, high = self.recipe.guidance_scale
-        return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
-
     def pf_ode_velocity(self, x0, z, x_t, t, labels, guidance) -> Tensor:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
@@ -294,6 +288,14 @@ class Consistency:
         slope = (step.cos() * F - F_next) / step.sin()
         g = -t_next.cos() * (sd * F - dx_dt) - r * t_next.sin() * (x_t + sd * slope)
         return F, t.cos() * g
+
+
+def sample_guidance(recipe: Recipe, n: int, generator: torch.Generator, device) -> Tensor | None:
+    """Guidance scales ``(n,)``, uniform over the recipe's range; ``None`` when the scale is fixed."""
+    if not isinstance(recipe.guidance_scale, list):
+        return None
+    low, high = recipe.guidance_scale
+    return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from distill import cli, latents, precompute
+from distill import cli, latents, precompute, shards
 from distill.data import StepSampler, stored_data, training_data, training_loader
 from distill.latents import LatentNormalization, Latents, decode, encode, normalization
 from distill.precompute import precompute_latents
@@ -166,7 +166,7 @@ def test_the_cache_holds_every_image_in_order(inputs, cached, vae):
 
 def killed_while_writing(inputs: Path, folder: Path, shard: int) -> None:
     """Precompute in a process that is killed when half of a shard's bytes are on the disk."""
-    whole = precompute.save_file
+    whole = shards.save_file
 
     def half(tensors, path):
         whole(tensors, path)
@@ -174,7 +174,7 @@ def killed_while_writing(inputs: Path, folder: Path, shard: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    precompute.save_file = half
+    shards.save_file = half
     make(inputs, folder)
 
 
@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(inputs, cached, tmp_pat
     assert child.exitcode == -signal.SIGKILL
     whole = sorted(path.name for path in folder.glob("latents-*"))
     assert whole == [f"latents-{i:05d}.safetensors" for i in range(3)]
-    with pytest.raises(ValueError, match="not finished: 3 of 6 shards"):
+    with pytest.raises(ValueError, match="not finished: 3 of 6 files"):
         Latents(folder)
     before = {name: (folder / name).stat().st_mtime_ns for name in whole}
     assert make(inputs, folder)
@@ -201,7 +201,7 @@ def test_half_precision_and_no_labels(inputs, cached, tmp_path):
     data = DataConfig(str(inputs / "train.parquet"), label_column=None)
     precompute_latents(data, tmp_path / "half", inputs / "vae", "scm", shard_size=SHARD, dtype="float16")
     half, full = Latents(tmp_path / "half"), Latents(cached)
-    assert load_file(tmp_path / "half" / half.names[0])["std"].dtype == torch.float16
+    assert load_file(tmp_path / "half" / half.shards.names[0])["std"].dtype == torch.float16
     torch.testing.assert_close(half[5][0], full[5][0], rtol=5e-3, atol=2e-3)
     assert half[5][1] == 0 and full[5][1] == 2
     with pytest.raises(ValueError, match="holds latents without labels, the recipe has 3 classes"):
@@ -235,7 +235,8 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "has no config.json; did you mean" in message(data, tmp_path / "out", "--vae", inputs)
+    assert "has no config.json" in message(data, tmp_path / "out", "--vae", tmp_path)
+    assert "hf://owner/name" in message(data, tmp_path / "out", "--vae", "hf://vae")
     broken = tmp_path / "broken"
     tiny_vae().save_pretrained(broken)
     weights = next(broken.glob("*.safetensors"))

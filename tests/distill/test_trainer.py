@@ -118,13 +118,14 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
     _, values = world
     trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
     before = weights(trainer)
-    original = trainer.objective.__class__.__call__
+    objective = trainer.objectives[0][0]
+    original = objective.__class__.__call__
 
     def broken(self, *args):
         result = original(self, *args)
         return result._replace(loss=result.loss * float("nan"))
 
-    trainer.objective.__class__ = type("Broken", (trainer.objective.__class__,), {"__call__": broken})
+    objective.__class__ = type("Broken", (objective.__class__,), {"__call__": broken})
     with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
