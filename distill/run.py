@@ -39,6 +39,7 @@ from distill.trainer import (
     check_tracker,
     load_pretrained,
     load_velocity_teacher,
+    ordinary_student,
     save_model,
     teacher_verdict,
     trained_model,
@@ -61,8 +62,8 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
-    obstacle = export_obstacle(trainer.student)
-    if obstacle is not None and not recipe.is_diffusion:
+    obstacle = None if recipe.is_diffusion else export_obstacle(ordinary_student(trainer).native)
+    if obstacle is not None:
         trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
