@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
@@ -38,6 +39,7 @@ from distill.trainer import (
     check_tracker,
     load_pretrained,
     load_velocity_teacher,
+    ordinary_student,
     save_model,
     teacher_verdict,
     trained_model,
@@ -60,6 +62,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
+    obstacle = None if recipe.is_diffusion else export_obstacle(ordinary_student(trainer).native)
+    if obstacle is not None:
+        trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
@@ -75,7 +80,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
-        if model.role == "student":
+        if model.role == "student" and obstacle is None:
             model.export(trainer.output_dir / "pipeline")
             written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")

@@ -797,10 +797,15 @@ class MetricsLog:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
 
+def ordinary_student(trainer: Trainer) -> Teacher:
+    """The averaged network, without adapters of its own."""
+    return trainer.student if trainer.recipe.lora is None else merged(trainer.student)
+
+
 def trained_model(trainer: Trainer) -> Model:
     """A finished run's averaged network with everything a card says about it."""
     recipe = trainer.recipe
-    network = trainer.student if recipe.lora is None else merged(trainer.student)
+    network = ordinary_student(trainer)
     training = {
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
         "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),

@@ -25,7 +25,7 @@ def retrofit(teacher: Teacher) -> Teacher:
         ValueError: a network that is not one of ours, or one that has been through this already.
     """
     native = teacher.native
-    if not is_registered(native):
+    if not is_registered(native) or not time_embeddings(native):
         raise ValueError(f"{type(native).__name__} is not one of our networks: its time embedding cannot be replaced")
     if native.config.get("trigflow_time"):
         raise ValueError(f"{teacher.source or 'this network'} has a smooth time embedding already")
