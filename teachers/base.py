@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
@@ -25,7 +25,7 @@ class Teacher(nn.Module):
             as ``native(x, time, {name: tensor})``; a first axis of tokens may have another length.
         parameterization: what its input, time and output mean.
         sigma_data: standard deviation of the data, in the units of ``x``.
-        sample_shape: ``(C, H, W)``, one sample without the batch.
+        sample_shape: ``(C, H, W)``, or ``(C, F, H, W)`` for videos: one sample without the batch.
         num_classes: number of classes, ``None`` if unconditional.
         label_format: ``"index"`` passes integers with ``num_classes`` as the null class, ``"one_hot"`` passes
             ``(B, num_classes)`` with zeros as the null class.
@@ -291,6 +291,21 @@ class Teacher(nn.Module):
             return self
         guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sigma_data(sigma_data)
         return self.twin(sigma_data=sigma_data, guidance_teacher=guide)
+
+    def at_sample_shape(self, sample_shape: Sequence[int]) -> "Teacher":
+        """The same network, not copied, for samples of another size, if it takes any: those of diffusers that are told a
+        text do. Others, and those of other channels, are returned as they are.
+
+        Raises:
+            ValueError: a size that such a network does not take.
+        """
+        shape = tuple(sample_shape)
+        other = shape != self.sample_shape and shape[:1] == self.sample_shape[:1]
+        if not other or not hasattr(self.native, "check_sample_shape"):
+            return self
+        self.native.check_sample_shape(shape)
+        guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sample_shape(shape)
+        return self.twin(sample_shape=shape, guidance_teacher=guide)
 
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
@@ -155,7 +156,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
     "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
-    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
+    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
 }
@@ -192,16 +193,25 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
 
 
 def build_unfilled(name: str, config: dict) -> nn.Module:
-    """A network whose weights are still to come: no time and no random numbers are spent on them, unless it has tables that
-    no file holds, which are made with it (position tables of diffusers), or is a user's own, which may do anything.
+    """A network whose weights are still to come: no time and no random numbers are spent on them, but it has the tables that
+    no file holds (positions, in networks of diffusers). A user's own may do anything, and is built as it is.
     """
     if name in NETWORKS and NETWORKS[name] not in OURS:
         return build(name, config)
-    with torch.device("meta"):
-        network = build(name, config)
-    if network.state_dict().keys() >= {key for key, _ in network.named_buffers()}:
-        return network.to_empty(device="cpu")
-    return build(name, config)
+    with NoDraws():
+        return build(name, config)
+
+
+class NoDraws(TorchFunctionMode):
+    """What would be drawn at random is left as memory holds it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.rand, torch.randn) and "generator" not in kwargs:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from teachers.networks.dhariwal_unet import DhariwalUNet
 from teachers.networks.diffusers_networks import DiffusersDiT, DiffusersUNet2D
+from teachers.networks.diffusers_text import DiffusersText
 from teachers.networks.edm2_unet import EDM2UNet
 from teachers.networks.lightning_dit import LightningDiT
 from teachers.networks.openai_unet import OpenAIUNet
@@ -15,8 +16,10 @@ from teachers.networks.trigflow_time import use_trigflow_time
 
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT, OpenAIUNet, DiffusersUNet2D, DiffusersDiT)
-}
+    for cls in (
+        SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT, OpenAIUNet, DiffusersUNet2D, DiffusersDiT, DiffusersText,
+    )
+}  # fmt: skip
 OURS = frozenset(NETWORKS.values())  # the rest are users' own, by teachers.register
 
 

@@ -100,7 +100,7 @@ def edit(path, **changes):
     [
         ("model_index.json", {"scheduler": ["diffusers", "LCMScheduler"]}, "distilled already"),
         ("model_index.json", {"scheduler": ["diffusers", "NoScheduler"]}, "has no NoScheduler"),
-        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "is a UNet2DConditionModel; supported"),
+        ("model_index.json", {"unet": ["diffusers", "UNet1DModel"]}, "is a UNet1DModel; supported"),
         ("model_index.json", {"unet": ["my_code", "UNet"]}, "must be a class of diffusers"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
