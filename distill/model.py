@@ -221,7 +221,7 @@ def load_guidance_teacher(source: str | Path | Teacher, device: str | torch.devi
 
 
 def from_pretrained(source: str | Path | Teacher) -> Model:
-    """A model by bundled name, model folder, run folder, exported pipeline, or a ``teachers.Teacher``.
+    """A model by whatever :func:`teachers.load` takes: a name, a path, ``hf://owner/name``, or a ``teachers.Teacher``.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`teachers.load`.

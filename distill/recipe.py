@@ -136,7 +136,7 @@ class Recipe:
     sample_shape: list[int]  # [C, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
-    teacher: str | None = None  # bundled name, file or folder that the run starts from
+    teacher: str | None = None  # bundled name, file, folder or hf://owner/name that the run starts from
     network: NetworkConfig | None = None
     seed: int = 0
     # Time proposal: log(sigma_data tan t) ~ N(p_mean, p_std^2).
