@@ -56,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> None:
     steps = options.steps or DEFAULT_STEPS[model.role]
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
-        guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher,
+        guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, solver=options.solver,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
     add_guidance(p)
     p.add_argument("--batch-size", type=int, default=250)
-    p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+    add_solver(p)
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
     p.add_argument("--out", type=Path, required=True, help="a .png grid, or .npz with images (uint8 NHWC) and labels")
 
@@ -129,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--num", type=int, default=10_000, help="number of samples (10000)")
     add_steps_and_seed(p)
     add_guidance(p)
+    add_solver(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
@@ -187,6 +188,10 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, metavar="W", help=scale)
     name = "network that a teacher is guided away from (its own null class)"
     parser.add_argument("--guidance-teacher", metavar="SOURCE", help=name)
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
 
 
 def sentence(error: Exception) -> str:

@@ -137,17 +137,18 @@ class Model:
         progress: bool = False,
         guidance_scale: float | None = None,
         guidance_teacher: str | Path | Teacher | None = None,
+        solver: str = "heun",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance is that of
-        :meth:`sample`.
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance and solver are
+        those of :meth:`sample`.
         """
         from distill.evaluation import build_reference, evaluate
 
         reference = build_reference(data, features, self.network.sample_shape[0])
         batches = self.generate(
-            num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
+            num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale, solver=solver,
             guidance_teacher=guidance_teacher,
         )  # fmt: skip
         return evaluate(batches, reference)
