@@ -174,11 +174,12 @@ class Model:
         vae: str | Path | None = None,
         normalization: str = "vae",
         batch_size: int = 250,
+        solver: str = "heun",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, prompts and
-        autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts
+        and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
         follow their prompts is not measured.
 
         Raises:
@@ -194,6 +195,7 @@ class Model:
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
+            solver=solver,
         )  # fmt: skip
         return evaluate(batches, reference)
 
