@@ -191,7 +191,8 @@ class Model:
             raise ValueError("the samples of this model are latents; scores are of images and need its autoencoder (vae)")
         decoder = None if vae is None else self.decoder(vae, normalization)
         channels = self.network.sample_shape[0] if decoder is None else decoder.image_channels
-        reference = build_reference(data, features, channels)
+        label_column = "label" if self.network.text_condition is None else None
+        reference = build_reference(data, features, channels, label_column=label_column)
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
