@@ -79,7 +79,7 @@ def test_an_unquoted_no_is_the_word():
         ({"adaptive_weighting": 1}, "adaptive_weighting must be bool"),
         ({"sample_shape": [1, "a", 8]}, r"sample_shape\[1\] must be int"),
         ({"sigma_data": -1.0}, "sigma_data must be positive"),
-        ({"objective": "vsd"}, "objective is 'vsd'; allowed: diffusion, distillation, training"),
+        ({"objective": "gan"}, "objective is 'gan'; allowed: diffusion, distillation, training"),
         ({"tangent": {"normalization": "max"}}, "allowed: rms, l2, clip, none"),
         ({"tangent": 3}, "tangent must be a mapping"),
         ({"ema": [{"half_life_images": 5, "sigma_rel": 0.1}]}, "exactly one of half_life_images and sigma_rel"),
