@@ -68,11 +68,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """A diffusers pipeline folder."""
+    """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae)
-    print(f"diffusers pipeline in {folder}")
+    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae, options.pipeline)
+    print(f"{'adapters' if options.format == 'lora' else 'diffusers pipeline'} in {folder}")
 
 
 def list_teachers(options: argparse.Namespace) -> None:
@@ -155,11 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
 
-    p = add_verb(verbs, "export", export, "distill export runs/mnist my-pipeline")
+    p = add_verb(verbs, "export", export, "distill export runs/sd3 my-pipeline --format diffusers --pipeline sd3-medium")
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    p.add_argument("--format", default="scm", help="scm carries its code; diffusers is one of its own pipelines (scm)")
+    kinds = "scm carries its code; diffusers is one of its own pipelines; lora is the adapters alone (scm)"
+    p.add_argument("--format", default="scm", help=kinds)
     p.add_argument("--vae", metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
+    p.add_argument("--pipeline", metavar="FOLDER", help="of a student of text: its teacher's pipeline (where it was)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")

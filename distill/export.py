@@ -2,7 +2,8 @@
 
 Any registered network, of ours or a user's, goes into a folder that carries its code (format ``scm``,
 :mod:`distill.carried_code`); some families also fit a pipeline that diffusers has itself (format ``diffusers``,
-:mod:`distill.standard_pipeline`).
+:mod:`distill.standard_pipeline` and :mod:`distill.text_pipeline`). The adapters of a student trained with ``lora`` go
+into the teacher's pipeline (format ``lora``).
 """
 
 import inspect
@@ -14,37 +15,48 @@ from pathlib import Path
 
 import diffusers
 from diffusers import SCMScheduler
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from distill.carried_code import CODE_NAME, carried_code
 from distill.evaluation.table import format_table
+from distill.lora import LORA_WEIGHTS, MARK, adapters_file
 from distill.pipeline import SCMNetwork
 from distill.standard_pipeline import standard_pipeline
+from distill.text_pipeline import (
+    adapter_example,
+    components,
+    is_text_network,
+    text_example,
+    write_text_pipeline,
+)
 from teachers import Teacher
 from teachers.diffusers import INDEX, read_json
 from teachers.networks import is_ours
 from teachers.pretrained import PIPELINE_WEIGHTS, model_config
 
 CODE = f"{CODE_NAME}.py"
-FORMATS = ("scm", "diffusers")
+FORMATS = ("scm", "diffusers", "lora")
 CONTENTS = {"README.md", INDEX, "network", "scheduler", CODE}
-STANDARD_CONTENTS = {"README.md", INDEX, "scheduler", "transformer", "unet", "vae"}
-MARK = {"_exported_by": "scm-distill"}  # in the index of a folder without our code; diffusers skips keys like this one
+LORA_CONTENTS = {"README.md", LORA_WEIGHTS}
 
 
 def export(
-    model: Teacher, folder: str | Path, config: dict | None = None, format: str = "scm", vae: str | Path | None = None
-) -> Path:
+    model: Teacher, folder: str | Path, config: dict | None = None, format: str = "scm", vae: str | Path | None = None,
+    pipeline: str | Path | None = None,
+) -> Path:  # fmt: skip
     """Write ``model`` as a pipeline folder: fp32 safetensors, model card and code. Nothing is left half-written.
 
     Args:
         model: a student. A teacher can be exported too, with a warning: in a few steps it gives blurred means.
         folder: created, or replaced if it is an exported pipeline already.
         config: its ``config.json`` values; ``metrics`` (rows of a table) go into the model card.
-        format: ``scm``, or ``diffusers`` for a pipeline of diffusers' own classes, without code: ``DiTPipeline``,
-            ``DDPMPipeline`` or ``ConsistencyModelPipeline``. The card has the timesteps to use.
+        format: ``scm``; ``diffusers`` for a pipeline of diffusers' own classes, without code: ``DiTPipeline``,
+            ``DDPMPipeline``, ``ConsistencyModelPipeline``, or the teacher's for a student of text; ``lora`` for the adapters
+            of a student that was trained with them and loaded from its run. The card has the timesteps to use.
         vae: of a ``DiTPipeline``: a folder of the ``AutoencoderKL`` of its latents; by default that of the teacher's
             pipeline.
+        pipeline: of a student of text in format ``diffusers``: the folder of the teacher's pipeline, whose text encoders and
+            autoencoder it keeps; by default where the teacher was loaded from.
 
     Load format ``scm`` with ``distill.pipeline.SCMPipeline.from_pretrained(folder)``, or where this package is not
     installed with ``diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``; format ``diffusers``
@@ -52,7 +64,8 @@ def export(
 
     Raises:
         ValueError: a network that is not registered or needs what the folder cannot carry, or for format ``diffusers`` of
-            no pipeline of theirs; a VAE that is missing or does not fit; a folder that holds something else.
+            no pipeline of theirs; a VAE or pipeline that is missing or does not fit; no adapters; a folder that holds
+            something else.
         OSError: it could not be written; an earlier export is as it was.
     """
     if format not in FORMATS:
@@ -64,11 +77,16 @@ def export(
         name = model.source or "this model"
         print(f"warning: {name} is a teacher, not distilled: in a few steps it gives blurred means", file=sys.stderr)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    text = is_text_network(model)
+    if vae is not None and (format != "diffusers" or text):
+        raise ValueError("a VAE (--vae) belongs to a DiTPipeline in format diffusers only; leave it out")
+    if pipeline is not None and not (format == "diffusers" and text):
+        raise ValueError("a pipeline (--pipeline) belongs to a student of text in format diffusers only; leave it out")
     try:
-        if format == "diffusers":
-            write_standard_pipeline(model, temporary, facts, vae)
-        elif vae is not None:
-            raise ValueError("a VAE (--vae) belongs to format diffusers only; leave it out")
+        if format == "lora":
+            write_lora(model, temporary, facts)
+        elif format == "diffusers":
+            write_standard_pipeline(model, temporary, facts, vae, pipeline)
         else:
             write_pipeline(model, temporary, facts)
         replace_folder(target, temporary)
@@ -84,21 +102,25 @@ def check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another folder")
     names = sorted(os.listdir(folder)) if folder.exists() else []
-    if CODE in names:
-        expected = CONTENTS
-    else:
-        expected = STANDARD_CONTENTS if is_marked(folder / INDEX) else set()
+    expected = CONTENTS if CODE in names else marked_contents(folder)
     foreign = [name for name in names if name not in expected]
     if foreign:
         raise ValueError(f"{folder} is not empty and not an exported pipeline: it holds {foreign[0]}; choose another folder")
 
 
-def is_marked(index: Path) -> bool:
-    """Whether this ``model_index.json`` is of a pipeline that :func:`write_standard_pipeline` wrote."""
+def marked_contents(folder: Path) -> set[str]:
+    """What belongs into a folder that formats ``diffusers`` and ``lora`` wrote; nothing if they did not write this one."""
     try:
-        return MARK.items() <= read_json(index).items()
+        index = read_json(folder / INDEX)
+        if MARK.items() <= index.items():  # diffusers skips keys like this one
+            return {"README.md", INDEX, *components(index)}
     except (OSError, ValueError):
-        return False
+        pass
+    try:
+        with safe_open(folder / LORA_WEIGHTS, "pt") as file:
+            return LORA_CONTENTS if MARK.items() <= (file.metadata() or {}).items() else set()
+    except (OSError, SafetensorError):
+        return set()
 
 
 def replace_folder(folder: Path, new: Path) -> None:
@@ -130,20 +152,36 @@ def write_pipeline(model: Teacher, folder: Path, facts: dict) -> None:
         (place / CODE).write_text(code, encoding="utf-8")
 
 
-def write_standard_pipeline(model: Teacher, folder: Path, facts: dict, vae: str | Path | None) -> None:
-    pipe, index, example = standard_pipeline(model, facts, vae)
-    pipe.save_pretrained(folder)
+def write_standard_pipeline(
+    model: Teacher, folder: Path, facts: dict, vae: str | Path | None, pipeline: str | Path | None
+) -> None:
+    if is_text_network(model):
+        name, index, example = write_text_pipeline(model, folder, facts, pipeline), {}, text_example(model, facts)
+        copies = TEXT_LICENSE
+    else:
+        pipe, index, example = standard_pipeline(model, facts, vae)
+        pipe.save_pretrained(folder)
+        name, copies = type(pipe).__name__, VAE_LICENSE if hasattr(pipe, "vae") else ""
     for weights in folder.rglob("*.safetensors"):
-        weights.chmod(0o644)
+        if weights.stat().st_nlink == 1:  # not a file of the teacher's
+            weights.chmod(0o644)
     (folder / INDEX).write_text(json.dumps({**read_json(folder / INDEX), **index, **MARK}, indent=2) + "\n")
-    rights = CODELESS_LICENSE + (VAE_LICENSE if hasattr(pipe, "vae") else "")
-    card = model_card(facts, standard_usage(type(pipe).__name__, example), rights)
+    card = model_card(facts, standard_usage(name, example), CODELESS_LICENSE + copies)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_lora(model: Teacher, folder: Path, facts: dict) -> None:
+    file, example = adapters_file(model), adapter_example(model, facts)
+    folder.mkdir(parents=True)
+    shutil.copy(file, folder / LORA_WEIGHTS)
+    card = model_card(facts, lora_usage(facts, example), CODELESS_LICENSE)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 CODE_LICENSE = "The licence above is that of the weights; the code in this folder is Apache-2.0"
 CODELESS_LICENSE = "The licence above is that of the weights; there is no code in this folder."
 VAE_LICENSE = " The VAE is a copy and under its own."
+TEXT_LICENSE = " All but the network and the scheduler is a copy of the teacher's pipeline and under its own."
 
 
 def code_license(model: Teacher) -> str:
@@ -199,10 +237,23 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
 This is a `{pipeline}` of diffusers: it needs no code from this folder, nor `scm-distill`."""
 
 
+def lora_usage(facts: dict, example: str) -> str:
+    return f"""```python
+import diffusers
+import torch
+
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(facts.get("teacher") or "path/to/the/teacher")!r})
+{example}
+```
+
+These are adapters (LoRA) for the teacher's pipeline. `load_lora_weights` needs `peft`, not `scm-distill`."""
+
+
 def describe(facts: dict) -> str:
     shape = "x".join(map(str, facts["sample_shape"]))
     classes = f", {facts['num_classes']} classes" if facts.get("num_classes") else ""
-    network = f"A {facts['network']} for samples of shape {shape}{classes}"
+    name = facts["network_config"].get("cls", facts["network"])
+    network = f"A {name} for samples of shape {shape}{classes}"
     if facts["role"] == "teacher":
         return f"{network}. It is a **teacher**, not distilled: in a few steps this pipeline gives blurred means."
     if facts.get("guidance_range"):

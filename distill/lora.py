@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from distill.recipe import LoRAConfig
 from teachers import Teacher
 from teachers.base import unfreeze
-from teachers.pretrained import write_atomically
+from teachers.pretrained import resolve, write_atomically
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for in a folder
 ADAPTER = "default"
-MARK = {"exported_by": "scm-distill"}  # in the header of the file
+MARK = {"_exported_by": "scm-distill"}  # in the header of the file
 # Networks of diffusers whose pipelines have load_lora_weights -> the component that holds them.
 LOADED_AS = {
     "SD3Transformer2DModel": "transformer", "FluxTransformer2DModel": "transformer", "SanaTransformer2DModel": "transformer",
@@ -113,6 +113,22 @@ def component_of(native: nn.Module) -> str | None:
     """Where pipelines keep this network if they read adapters for it, ``transformer`` or ``unet``; else ``None``."""
     config = getattr(native, "config", {})
     return None if config.get("trigflow_time") else LOADED_AS.get(config.get("cls"))  # theirs has another embedding
+
+
+def adapters_file(student: Teacher) -> Path:
+    """What :func:`write_adapters` wrote for a student that was loaded from its run.
+
+    Raises:
+        ValueError: no pipeline reads adapters for its network, or none are there.
+    """
+    name = student.native.config.get("cls", type(student.native).__name__)
+    if component_of(student.native) is None:
+        raise ValueError(f"no pipeline of diffusers reads adapters for this {name}; export its merged weights (--format scm)")
+    file = resolve(student.source) / LORA_WEIGHTS if student.source else Path(LORA_WEIGHTS)
+    if not file.is_file():
+        owner = student.source or "this model"
+        raise ValueError(f"{owner} has no {LORA_WEIGHTS}: name the run of a student trained with lora")
+    return file
 
 
 def write_adapters(folder: Path, student: Teacher) -> Path | None:

@@ -200,9 +200,11 @@ class Model:
         )  # fmt: skip
         return evaluate(batches, reference)
 
-    def export(self, folder: str | Path, format: str = "scm", vae: str | Path | None = None) -> Path:
-        """Write a diffusers pipeline folder; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config, format, vae)
+    def export(
+        self, folder: str | Path, format: str = "scm", vae: str | Path | None = None, pipeline: str | Path | None = None
+    ) -> Path:
+        """Write a diffusers pipeline folder, or adapters for one; see :func:`distill.export.export`."""
+        return export(self.network, folder, self.config, format, vae, pipeline)
 
 
 def has_no_velocity(student: str) -> str:

@@ -172,7 +172,7 @@ def test_check_counts_what_is_trained(folder):
 @pytest.mark.parametrize(
     "lora, message",
     [
-        ({"target_modules": ["to_q", "to_z"]}, "lora.target_modules: DiffusersDiT has no module 'to_z'; its linear layers end"),
+        ({"target_modules": ["to_q", "to_z"]}, "lora.target_modules: DiffusersDiT has no module 'to_z'; its linear"),
         ({"target_modules": ["attn1"]}, "lora.target_modules: attn1 of DiffusersDiT are not all linear or conv"),
         ({"target_modules": []}, "lora.target_modules must name at least one module"),
         ({"rank": 0}, "lora needs a rank of at least 1"),
