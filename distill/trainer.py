@@ -183,7 +183,7 @@ def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
     if pretrained is None:
         student = new_network(recipe)
     elif recipe.objective == "retrofit":
-        student = retrofit(pretrained)
+        student = retrofit(pretrained, recipe.qk_norm)
     else:
         start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
         ranged = isinstance(recipe.guidance_scale, list)
