@@ -21,7 +21,7 @@ from distill.pipeline import SCMNetwork
 from distill.standard_pipeline import standard_pipeline
 from teachers import Teacher
 from teachers.diffusers import INDEX, read_json
-from teachers.pretrained import PIPELINE_WEIGHTS, model_config
+from teachers.pretrained import PIPELINE_WEIGHTS, check_target, model_config
 
 PACKAGES = ("distill", "teachers")
 CODE_NAME = "scm_pipeline"
@@ -102,16 +102,11 @@ def export(
 
 def check_replaceable(folder: Path) -> None:
     """Raise ``ValueError`` unless ``folder`` is absent, empty, or an exported pipeline and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another folder")
-    names = sorted(os.listdir(folder)) if folder.exists() else []
-    if CODE in names:
+    if (folder / CODE).exists():
         expected = CONTENTS
     else:
         expected = STANDARD_CONTENTS if is_marked(folder / INDEX) else set()
-    foreign = [name for name in names if name not in expected]
-    if foreign:
-        raise ValueError(f"{folder} is not empty and not an exported pipeline: it holds {foreign[0]}; choose another folder")
+    check_target(folder, expected, "an exported pipeline")
 
 
 def is_marked(index: Path) -> bool:

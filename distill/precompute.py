@@ -34,7 +34,7 @@ from distill.latents import (
 from distill.recipe import DataConfig
 from teachers import hub
 from teachers.diffusers import has_safetensors, read_json
-from teachers.pretrained import write_atomically
+from teachers.pretrained import check_target, write_atomically
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # What a manifest says that is not an input of the latents.
@@ -92,9 +92,10 @@ def begin(folder: Path, facts: dict) -> dict:
     """The folder's manifest: a new one, or that of a run with the same inputs.
 
     Raises:
-        ValueError: the folder holds latents of other inputs.
+        ValueError: the folder holds latents of other inputs, or something else.
     """
     if not is_latents_folder(folder):
+        check_target(folder, (), "a folder of latents")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {**facts, "shards": {}}
         write_manifest(folder, manifest)
