@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
-from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers
+from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
 from teachers.networks import NETWORKS, OURS, build, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
@@ -259,6 +259,22 @@ def check_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) ->
              for kind, keys in problems.items() if keys]  # fmt: skip
     if found:
         raise ValueError(f"{where} does not fit {type(network).__name__}: tensors {'; '.join(found)}")
+
+
+def check_target(folder: Path, replaceable: Collection[str], what: str) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, or holds nothing but what may be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another folder")
+    foreign = sorted(set(os.listdir(folder)) - set(replaceable)) if folder.exists() else []
+    if foreign:
+        raise ValueError(f"{folder} is not empty and not {what}: it holds {foreign[0]}; choose another folder")
+
+
+def check_model_target(folder: Path) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, empty, or a model folder of ours and nothing else."""
+    config = folder / "config.json"
+    ours = config.is_file() and read_json(config).get("format") == FORMAT
+    check_target(folder, ("config.json", WEIGHTS) if ours else (), "a model folder")
 
 
 def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> None:
