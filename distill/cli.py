@@ -60,7 +60,7 @@ def evaluate(options: argparse.Namespace) -> None:
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
         guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
-        vae=options.vae, normalization=options.normalization, batch_size=options.batch_size,
+        vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_guidance(p)
     add_prompts_and_vae(p)
     p.add_argument("--batch-size", type=int, default=250)
-    p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+    add_solver(p)
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
     arrays = "a .png grid, or .npz with images (uint8 NHWC), or latents (NCHW), and labels"
     p.add_argument("--out", type=Path, required=True, help=arrays)
@@ -152,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_guidance(p)
     add_prompts_and_vae(p)
     p.add_argument("--batch-size", type=int, default=250)
+    add_solver(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
@@ -233,6 +234,10 @@ def add_prompts_and_vae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, metavar="FOLDER", help="a diffusers AutoencoderKL that decodes latents")
     norm = "of these latents: edm2, scm, sd, or vae: what its config says (vae)"
     parser.add_argument("--normalization", default="vae", metavar="NAME", help=norm)
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
 
 
 def sentence(error: Exception) -> str:

@@ -123,7 +123,7 @@ def adapters_file(student: Teacher) -> Path:
     """
     name = student.native.config.get("cls", type(student.native).__name__)
     if component_of(student.native) is None:
-        raise ValueError(f"no pipeline of diffusers reads adapters for this {name}; export it merged (--format scm)")
+        raise ValueError(f"no pipeline of diffusers reads adapters for a {name}; export its merged weights (--format scm)")
     file = resolve(student.source) / LORA_WEIGHTS if student.source else Path(LORA_WEIGHTS)
     if not file.is_file():
         owner = student.source or "this model"

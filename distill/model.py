@@ -174,11 +174,12 @@ class Model:
         vae: str | Path | None = None,
         normalization: str = "vae",
         batch_size: int = 250,
+        solver: str = "heun",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, prompts and
-        autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts
+        and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
         follow their prompts is not measured.
 
         Raises:
@@ -190,10 +191,12 @@ class Model:
             raise ValueError("the samples of this model are latents; scores are of images and need its autoencoder (vae)")
         decoder = None if vae is None else self.decoder(vae, normalization)
         channels = self.network.sample_shape[0] if decoder is None else decoder.image_channels
-        reference = build_reference(data, features, channels)
+        label_column = "label" if self.network.text_condition is None else None
+        reference = build_reference(data, features, channels, label_column=label_column)
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
+            solver=solver,
         )  # fmt: skip
         return evaluate(batches, reference)
 
@@ -224,7 +227,7 @@ def load_guidance_teacher(source: str | Path | Teacher, device: str | torch.devi
 
 
 def from_pretrained(source: str | Path | Teacher) -> Model:
-    """A model by bundled name, model folder, run folder, exported pipeline, or a ``teachers.Teacher``.
+    """A model by whatever :func:`teachers.load` takes: a name, a path, ``hf://owner/name``, or a ``teachers.Teacher``.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`teachers.load`.

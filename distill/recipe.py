@@ -136,7 +136,7 @@ class Recipe:
     sample_shape: list[int]  # [C, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
-    teacher: str | None = None  # bundled name, file or folder that the run starts from
+    teacher: str | None = None  # bundled name, file, folder or hf://owner/name that the run starts from
     network: NetworkConfig | None = None
     seed: int = 0
     # Time proposal: log(sigma_data tan t) ~ N(p_mean, p_std^2).
@@ -156,6 +156,7 @@ class Recipe:
     velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
     student: str | None = None  # distillation: the network to start from, such as a retrofitted one; null: the teacher's
     lora: LoRAConfig | None = None  # distillation and training: train adapters of the teacher only; null: all weights
+    qk_norm: bool = False  # retrofit: also normalise the queries and keys of a transformer
     max_velocity_error: float = 0.01  # retrofit: train until the mean squared velocity error, relative to F's, is this low
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
@@ -343,6 +344,8 @@ def parse_recipe(values: dict, where: str) -> Recipe:
 
 def check_consistency(recipe: Recipe, where: str) -> None:
     """Rules between keys."""
+    if recipe.objective != "retrofit" and recipe.qk_norm:
+        raise ValueError(f"{where}: qk_norm belongs to objective retrofit; remove it")
     if recipe.objective == "retrofit" and recipe.network is not None:
         raise ValueError(f"{where}: objective retrofit changes its teacher's network; remove network")
     if recipe.objective not in ("distillation", "vsd") and recipe.student is not None:

@@ -17,17 +17,26 @@ from pathlib import Path
 
 import torch
 
+from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
 from distill.data import captioned, check_sigma_data, load_images, recipe_prompts, stored_data
-from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
+from distill.evaluation import (
+    Reference,
+    evaluate,
+    evaluation_data,
+    evaluation_source,
+    extract,
+    format_table,
+    recipe_reference,
+)
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
 from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
 from distill.prompts import Prompts
-from distill.recipe import DataConfig, Recipe, load_recipe, parse_overrides
+from distill.recipe import Recipe, load_recipe, parse_overrides
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
 from distill.trainer import (
@@ -38,6 +47,7 @@ from distill.trainer import (
     check_tracker,
     load_pretrained,
     load_velocity_teacher,
+    ordinary_student,
     save_model,
     teacher_verdict,
     trained_model,
@@ -60,6 +70,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
+    obstacle = None if recipe.is_diffusion else export_obstacle(ordinary_student(trainer).native)
+    if obstacle is not None:
+        trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
@@ -75,7 +88,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
-        if model.role == "student":
+        if model.role == "student" and obstacle is None:
             model.export(trainer.output_dir / "pipeline")
             written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
@@ -94,7 +107,7 @@ def check_evaluation(recipe: Recipe) -> None:
         features = default_features(source) if e.features is None else e.features
         extract(load_features(features), torch.zeros(1, *recipe.sample_shape), None)
     if e.data is not None:
-        load_images(DataConfig(e.data), channels)
+        load_images(evaluation_data(recipe), channels)
     for name in e.also:
         config = load_config(name)
         if config["role"] != "student" or list(config["sample_shape"]) != recipe.sample_shape:

@@ -1,9 +1,9 @@
 """Students as pipelines of diffusers' own classes, which load with neither this package nor code of the folder's.
 
 Three families have one, besides those of text (:mod:`distill.text_pipeline`). A network of noise levels by DDPM's steps is
-stepped by ``LCMScheduler``: with its skip connection shrunk to nothing, a step is the consistency function at that noise
-level followed by new noise. OpenAI's U-Net is stepped by ``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is
-the consistency function in EDM's preconditioning.
+stepped by ``LCMScheduler``: with its skip connection shrunk to nothing, a step is the consistency function at that level
+followed by new noise. OpenAI's U-Net is stepped by ``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is the
+consistency function in EDM's preconditioning.
 """
 
 import math

@@ -57,7 +57,7 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
     guide = pretrained.guidance_teacher
     if recipe.guidance_teacher is not None:
-        guide = load_guidance_teacher(recipe.guidance_teacher).at_sigma_data(recipe.sigma_data)
+        guide = fitted(load_guidance_teacher(recipe.guidance_teacher), recipe)
     if scale != 1.0 and not pretrained.is_conditional and guide is None:
         raise ValueError(
             f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
@@ -81,7 +81,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
         return None
     if given is None:
         return load_fitting(recipe.teacher, recipe, for_velocity=recipe.needs_velocity)
-    given = given.at_sigma_data(recipe.sigma_data)
+    given = fitted(given, recipe)
     check_fits(given, recipe.teacher, recipe)
     return with_null_prompt(given, recipe.teacher, recipe)
 
@@ -106,7 +106,7 @@ def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher
 def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     """Load a pretrained network and check that its samples are those of the recipe and, ``for_velocity``, its role."""
     try:
-        teacher = load(source).at_sigma_data(recipe.sigma_data)
+        teacher = fitted(load(source), recipe)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs {source}{notes}: {error}") from None
@@ -114,6 +114,11 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
         raise ValueError(has_no_velocity(source))
     check_fits(teacher, source, recipe)
     return with_null_prompt(teacher, source, recipe)
+
+
+def fitted(teacher: Teacher, recipe: Recipe) -> Teacher:
+    """The same network for samples of the recipe's size and ``sigma_data``, where it is free of its own."""
+    return teacher.at_sigma_data(recipe.sigma_data).at_sample_shape(recipe.sample_shape)
 
 
 def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
@@ -178,7 +183,7 @@ def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
     if pretrained is None:
         student = new_network(recipe)
     elif recipe.objective == "retrofit":
-        student = retrofit(pretrained)
+        student = retrofit(pretrained, recipe.qk_norm)
     else:
         start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
         ranged = isinstance(recipe.guidance_scale, list)
@@ -797,10 +802,15 @@ class MetricsLog:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
 
+def ordinary_student(trainer: Trainer) -> Teacher:
+    """The averaged network, without adapters of its own."""
+    return trainer.student if trainer.recipe.lora is None else merged(trainer.student)
+
+
 def trained_model(trainer: Trainer) -> Model:
     """A finished run's averaged network with everything a card says about it."""
     recipe = trainer.recipe
-    network = trainer.student if recipe.lora is None else merged(trainer.student)
+    network = ordinary_student(trainer)
     training = {
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
         "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import teachers
-from teachers.networks import build
+from teachers.networks import NETWORKS, build
 
 # The networks here are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -45,6 +45,15 @@ def teacher(request) -> teachers.Teacher:
 @pytest.fixture
 def make_teacher():
     return small_teacher
+
+
+@pytest.fixture
+def registry():
+    """The known network classes, which are afterwards what they were."""
+    before = dict(NETWORKS)
+    yield NETWORKS
+    NETWORKS.clear()
+    NETWORKS.update(before)
 
 
 class GaussianMixture:

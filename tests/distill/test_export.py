@@ -405,7 +405,7 @@ def test_the_card_invents_nothing(make_teacher, tmp_path):
 
 def test_foreign_networks_cannot_be_exported(tmp_path):
     foreign = teachers.wrap(torch.nn.Conv2d(1, 1, 1), teachers.EDM, 0.5, (1, 8, 8))
-    with pytest.raises(ValueError, match="Conv2d was not made by teachers.networks.build"):
+    with pytest.raises(ValueError, match="Conv2d is not registered and cannot be saved as a model folder or exported"):
         export(foreign, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

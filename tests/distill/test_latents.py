@@ -237,6 +237,7 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
         return error
 
     assert "has no config.json" in message(data, tmp_path / "out", "--vae", tmp_path)
+    assert "'teacher' stands for samples" in message("teacher", tmp_path / "out", "--vae", inputs / "vae")
     assert "hf://owner/name" in message(data, tmp_path / "out", "--vae", "hf://vae")
     broken = tmp_path / "broken"
     tiny_vae().save_pretrained(broken)

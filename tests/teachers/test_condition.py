@@ -25,7 +25,8 @@ def prompts(num, seed=1, tokens=TOKENS):
 
 @pytest.fixture
 def teacher():
-    wrapped = teachers.wrap(TextNetwork(4, TOKENS, WIDTH, 2, mask=True), teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
+    network = TextNetwork(4, TOKENS, WIDTH, 2, mask=True)
+    wrapped = teachers.wrap(network, teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
     return wrapped.twin(null_prompt=prompts(1, seed=9))
 
 
@@ -100,6 +101,38 @@ def test_distillation_learns_from_prompts(teacher):
     losses = [objective(student, student, x0, prompts(4, seed), 5, torch.Generator().manual_seed(0)).loss for seed in (1, 2)]
     losses[0].backward()
     assert student.native.text.weight.grad.abs().sum() > 0 and losses[0] != losses[1]
+
+
+class ScaledTextNetwork(TextNetwork):
+    """With a guidance input."""
+
+    guidance_embedding = True
+
+    def forward(self, x, time, text, guidance=None):
+        return super().forward(x, time, text) * (1.0 if guidance is None else 1 + guidance.view(-1, 1, 1, 1) / 10)
+
+
+def test_segments_over_a_range_of_guidance(teacher):
+    segments = {"segments": {"below": 0.9, "solver_steps": 2}, "target_half_life_images": 30.0}
+    values = recipe("distillation", guidance_scale=[1.0, 4.0], **segments)
+    objective = Consistency(values, teacher.guided_by(1.0))
+    network = ScaledTextNetwork(4, TOKENS, WIDTH, 2, mask=True)
+    student = teacher.twin(native=network)
+    x0, some, generator = torch.randn(16, 1, 2, 2), prompts(16), torch.Generator().manual_seed(0)
+    batch = objective.noisy_batch(x0, some, generator)
+    on_segment = values.segments.covers(batch.t, 0.5)
+    assert on_segment.any() and not on_segment.all() and 1 <= batch.guidance.min() < batch.guidance.max() <= 4
+    target, g = objective.segment_targets(student, batch, on_segment, 5, torch.Generator().manual_seed(1))
+    # Each row by itself, with its own prompt and its own scale, is what it is in the batch.
+    length = values.segments.max_length * torch.rand(16, generator=torch.Generator().manual_seed(1)).clamp(min=1e-3)
+    for i in range(16):
+        rows = batch.rows(torch.arange(16) == i)
+        if on_segment[i]:
+            alone = objective.segment_end(student, rows.x_t, rows.t, length[i : i + 1], rows.labels, rows.guidance)
+        else:
+            alone, g_alone = objective.tangent(student, rows, 5, None)
+            torch.testing.assert_close(g[i : i + 1], g_alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_dropped_prompts_become_the_null_prompt(teacher):
