@@ -71,7 +71,9 @@ def export(options: argparse.Namespace) -> None:
     """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae, options.pipeline)
+    folder = from_pretrained(options.source).export(
+        options.out_dir, options.format, options.vae, options.pipeline, options.normalization
+    )
     print(f"{'adapters' if options.format == 'lora' else 'diffusers pipeline'} in {folder}")
 
 
@@ -161,7 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     kinds = "scm carries its code; diffusers is one of its own pipelines; lora is the adapters alone (scm)"
     p.add_argument("--format", default="scm", help=kinds)
-    p.add_argument("--vae", metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
+    p.add_argument("--vae", metavar="FOLDER", help="of a student of latents (DiTPipeline: that of the teacher's pipeline)")
+    p.add_argument("--normalization", metavar="NAME", help="of these latents, format scm: edm2, scm, sd or vae (vae)")
     p.add_argument("--pipeline", metavar="FOLDER", help="of a student of text: its teacher's pipeline (where it was)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from distill.carried_code import CODE_NAME, carried_code
 from distill.evaluation.table import format_table
+from distill.latents import Decoder, constants_of
 from distill.lora import LORA_WEIGHTS, MARK, adapters_file
 from distill.pipeline import SCMNetwork
 from distill.standard_pipeline import standard_pipeline
@@ -36,13 +37,13 @@ from teachers.pretrained import PIPELINE_WEIGHTS, check_target, model_config
 
 CODE = f"{CODE_NAME}.py"
 FORMATS = ("scm", "diffusers", "lora")
-CONTENTS = {"README.md", INDEX, "network", "scheduler", CODE}
+CONTENTS = {"README.md", INDEX, "network", "scheduler", "vae", CODE}
 LORA_CONTENTS = {"README.md", LORA_WEIGHTS}
 
 
 def export(
     model: Teacher, folder: str | Path, config: dict | None = None, format: str = "scm", vae: str | Path | None = None,
-    pipeline: str | Path | None = None,
+    pipeline: str | Path | None = None, normalization: str | None = None,
 ) -> Path:  # fmt: skip
     """Write ``model`` as a pipeline folder: fp32 safetensors, model card and code. Nothing is left half-written.
 
@@ -53,10 +54,12 @@ def export(
         format: ``scm``; ``diffusers`` for a pipeline of diffusers' own classes, without code: ``DiTPipeline``,
             ``DDPMPipeline``, ``ConsistencyModelPipeline``, or the teacher's for a student of text; ``lora`` for the adapters
             of a student that was trained with them and loaded from its run. The card has the timesteps to use.
-        vae: of a ``DiTPipeline``: a folder of the ``AutoencoderKL`` of its latents; by default that of the teacher's
-            pipeline.
+        vae: a folder of the ``AutoencoderKL`` of the samples, if these are latents. Format ``scm`` without it gives
+            latents; a ``DiTPipeline`` by default has that of the teacher's pipeline.
         pipeline: of a student of text in format ``diffusers``: the folder of the teacher's pipeline, whose text encoders and
             autoencoder it keeps; by default where the teacher was loaded from.
+        normalization: of the latents in format ``scm``, as in ``distill precompute latents``: edm2, scm, sd, or vae, which
+            is the default and what the autoencoder's config says.
 
     Load format ``scm`` with ``distill.pipeline.SCMPipeline.from_pretrained(folder)``, or where this package is not
     installed with ``diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``; format ``diffusers``
@@ -78,8 +81,10 @@ def export(
         print(f"warning: {name} is a teacher, not distilled: in a few steps it gives blurred means", file=sys.stderr)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text = is_text_network(model)
-    if vae is not None and (format != "diffusers" or text):
-        raise ValueError("a VAE (--vae) belongs to a DiTPipeline in format diffusers only; leave it out")
+    if vae is not None and (format == "lora" or text or not model.latents):
+        raise ValueError("a VAE (--vae) belongs to a student of latents, in formats scm and diffusers; leave it out")
+    if normalization is not None and (vae is None or format != "scm"):
+        raise ValueError("a normalization (--normalization) belongs to format scm with a VAE (--vae); leave it out")
     if pipeline is not None and not (format == "diffusers" and text):
         raise ValueError("a pipeline (--pipeline) belongs to a student of text in format diffusers only; leave it out")
     try:
@@ -88,7 +93,7 @@ def export(
         elif format == "diffusers":
             write_standard_pipeline(model, temporary, facts, vae, pipeline)
         else:
-            write_pipeline(model, temporary, facts)
+            write_pipeline(model, temporary, facts, vae, normalization or "vae")
         replace_folder(target, temporary)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
@@ -127,8 +132,9 @@ def replace_folder(folder: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_pipeline(model: Teacher, folder: Path, facts: dict) -> None:
+def write_pipeline(model: Teacher, folder: Path, facts: dict, vae: str | Path | None, norm_name: str) -> None:
     code = carried_code(model.native)
+    decoder = None if vae is None else Decoder(vae, norm_name, model.sample_shape[0])
     keys = inspect.signature(SCMNetwork).parameters
     network = SCMNetwork(**{key: value for key, value in facts.items() if key in keys})
     network.model.native.load_state_dict(model.native.state_dict())
@@ -141,8 +147,14 @@ def write_pipeline(model: Teacher, folder: Path, facts: dict) -> None:
         "network": [CODE_NAME, "SCMNetwork"],
         "scheduler": ["diffusers", "SCMScheduler"],
     }
+    if decoder is not None:
+        decoder.vae.save_pretrained(folder / "vae")
+        (folder / "vae" / PIPELINE_WEIGHTS).chmod(0o644)
+        index |= {"vae": ["diffusers", "AutoencoderKL"], "normalization": constants_of(decoder.normalization, norm_name)}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(facts, scm_usage(facts), code_license(model)), encoding="utf-8")
+    form = "latent" if model.latents and decoder is None else None
+    rights = code_license(model) + (VAE_LICENSE if decoder is not None else "")
+    (folder / "README.md").write_text(model_card(facts, scm_usage(facts, form), rights), encoding="utf-8")
     for place in (folder, folder / "network"):  # diffusers looks for a component's code in the component's folder
         (place / CODE).write_text(code, encoding="utf-8")
 
@@ -208,13 +220,14 @@ tags: [diffusers, consistency-model, scm]
 {metrics}"""
 
 
-def scm_usage(facts: dict) -> str:
+def scm_usage(facts: dict, output_type: str | None) -> str:
+    form = "" if output_type is None else f", output_type={output_type!r}"
     return f"""```python
 import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)
-images = pipe({call_arguments(facts)}, generator=torch.Generator().manual_seed(0)).images
+images = pipe({call_arguments(facts)}, generator=torch.Generator().manual_seed(0){form}).images
 ```
 
 With `scm-distill` installed, `distill.pipeline.SCMPipeline.from_pretrained(folder)` runs no code from this folder."""

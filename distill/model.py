@@ -201,10 +201,11 @@ class Model:
         return evaluate(batches, reference)
 
     def export(
-        self, folder: str | Path, format: str = "scm", vae: str | Path | None = None, pipeline: str | Path | None = None
-    ) -> Path:
+        self, folder: str | Path, format: str = "scm", vae: str | Path | None = None, pipeline: str | Path | None = None,
+        normalization: str | None = None,
+    ) -> Path:  # fmt: skip
         """Write a diffusers pipeline folder, or adapters for one; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config, format, vae, pipeline)
+        return export(self.network, folder, self.config, format, vae, pipeline, normalization)
 
 
 def has_no_velocity(student: str) -> str:

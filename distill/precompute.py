@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from distill.data import Images, image_labels, load_images, open_rows
-from distill.latents import LATENTS, LatentNormalization, constants_of, encode, load_vae, normalization
+from distill.latents import LATENTS, constants_of, load_vae
+from distill.normalization import LatentNormalization, encode, normalization
 from distill.prompts import NULL, PROMPTS, TextEncoders
 from distill.recipe import DataConfig
 from distill.shards import add_shard, begin, hash_of, is_missing, model_hash, shard_rows
@@ -29,7 +30,7 @@ def precompute_latents(
     Args:
         data: the images, as in a recipe.
         vae_source: a diffusers ``AutoencoderKL``: its folder, its pipeline's, or ``hf://owner/name``.
-        norm_name: one of ``distill.latents.NAMES``.
+        norm_name: one of ``distill.normalization.NAMES``.
 
     Returns:
         Whether there was anything to do.
