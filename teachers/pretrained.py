@@ -4,6 +4,7 @@ safetensors only.
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection
@@ -19,7 +20,7 @@ from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
 from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
-from teachers.networks import build, is_registered
+from teachers.networks import build, is_number, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
@@ -154,7 +155,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network": ("a name", lambda v: isinstance(v, str)),
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
-    "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
+    "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
     "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
