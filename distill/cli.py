@@ -23,16 +23,19 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
     model = from_pretrained(options.source)
     labels = repeat_labels(options.labels, options.num)
-    images = model.sample(
+    samples = model.sample(
         options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True,
-        solver=options.solver, guidance_teacher=options.guidance_teacher,
+        solver=options.solver, guidance_teacher=options.guidance_teacher, prompts=options.prompts, vae=options.vae,
+        normalization=options.normalization,
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix.lower() == ".png":
-        save_grid(list(images.split(options.columns)), options.out)
+        save_grid(list(samples.split(options.columns)), options.out)
     else:
         used = cycle_labels(model.network, options.num) if labels is None else labels
-        arrays = {"images": to_uint8(images)} | ({} if used is None else {"labels": np.asarray(used)})
+        latents = model.network.latents and options.vae is None
+        arrays = {"latents": samples.cpu().numpy()} if latents else {"images": to_uint8(samples)}
+        arrays |= {} if used is None else {"labels": np.asarray(used)}
         teachers.pretrained.write_atomically(options.out, lambda path: save_npz(path, arrays))
     print(f"{options.num} images in {options.out}")
 
@@ -56,7 +59,8 @@ def evaluate(options: argparse.Namespace) -> None:
     steps = options.steps or DEFAULT_STEPS[model.role]
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
-        guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher,
+        guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
+        vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
@@ -64,11 +68,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """A diffusers pipeline folder."""
+    """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae)
-    print(f"diffusers pipeline in {folder}")
+    folder = from_pretrained(options.source).export(
+        options.out_dir, options.format, options.vae, options.pipeline, options.normalization
+    )
+    print(f"{'adapters' if options.format == 'lora' else 'diffusers pipeline'} in {folder}")
 
 
 def list_teachers(options: argparse.Namespace) -> None:
@@ -110,6 +116,19 @@ def precompute_latents(options: argparse.Namespace) -> None:
     print(f"latents in {options.out_dir}{'' if done else ' were already complete'}")
 
 
+def precompute_prompts(options: argparse.Namespace) -> None:
+    """Embed prompts once by a pipeline's text encoders, for training without them; goes on where an earlier run stopped."""
+    from distill.precompute import precompute_prompts as precompute
+    from distill.precompute import read_captions
+
+    captions = read_captions(options.captions, options.caption_column, options.split)
+    done = precompute(
+        options.pipeline, captions, options.out_dir, options.captions, options.negative_prompt, options.batch_size,
+        options.shard_size, options.dtype, options.max_sequence_length,
+    )  # fmt: skip
+    print(f"{len(captions)} prompts in {options.out_dir}{'' if done else ' were already complete'}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distill", description="Few-step consistency models from your teacher.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -120,25 +139,33 @@ def build_parser() -> argparse.ArgumentParser:
     add_steps_and_seed(p)
     p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
     add_guidance(p)
+    add_prompts_and_vae(p)
     p.add_argument("--batch-size", type=int, default=250)
-    p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+    add_solver(p)
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
-    p.add_argument("--out", type=Path, required=True, help="a .png grid, or .npz with images (uint8 NHWC) and labels")
+    arrays = "a .png grid, or .npz with images (uint8 NHWC), or latents (NCHW), and labels"
+    p.add_argument("--out", type=Path, required=True, help=arrays)
 
     p = add_verb(verbs, "evaluate", evaluate, "distill evaluate mnist-edm-scm --steps 2 --num 10000")
     add_source(p)
     p.add_argument("--num", type=int, default=10_000, help="number of samples (10000)")
     add_steps_and_seed(p)
     add_guidance(p)
+    add_prompts_and_vae(p)
+    p.add_argument("--batch-size", type=int, default=250)
+    add_solver(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
 
-    p = add_verb(verbs, "export", export, "distill export runs/mnist my-pipeline")
+    p = add_verb(verbs, "export", export, "distill export runs/sd3 my-pipeline --format diffusers --pipeline sd3-medium")
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    p.add_argument("--format", default="scm", help="scm carries its code; diffusers is one of its own pipelines (scm)")
-    p.add_argument("--vae", metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
+    kinds = "scm carries its code; diffusers is one of its own pipelines; lora is the adapters alone (scm)"
+    p.add_argument("--format", default="scm", help=kinds)
+    p.add_argument("--vae", metavar="FOLDER", help="of a student of latents (DiTPipeline: that of the teacher's pipeline)")
+    p.add_argument("--normalization", metavar="NAME", help="of these latents, format scm: edm2, scm, sd or vae (vae)")
+    p.add_argument("--pipeline", metavar="FOLDER", help="of a student of text: its teacher's pipeline (where it was)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")
@@ -149,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
 
     p = verbs.add_parser("precompute", help="Prepare data once, before any training.")
-    nested = p.add_subparsers(required=True, metavar="latents")
+    nested = p.add_subparsers(required=True, metavar="latents|prompts")
     example = "distill precompute latents images/ latents/ --vae sd-vae-ft-mse --normalization scm"
     p = add_verb(nested, "latents", precompute_latents, example)
     p.add_argument("data", metavar="DATA", help="a data source, as data.source of a recipe")
@@ -164,6 +191,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--label-column", default="label", help="(label)")
     p.add_argument("--no-labels", action="store_true", help="for data without labels")
     p.add_argument("--num-workers", type=int, default=0, help="processes that read images (0)")
+    example = "distill precompute prompts sd3-pipeline captions.txt prompts/"
+    p = add_verb(nested, "prompts", precompute_prompts, example)
+    p.add_argument("pipeline", type=Path, metavar="PIPELINE", help="a diffusers pipeline folder with its text encoders")
+    p.add_argument("captions", metavar="CAPTIONS", help="a .txt file, one prompt a line, or a data source with text")
+    p.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="becomes data.prompts of a recipe")
+    p.add_argument("--caption-column", default="text", help="of a data source (text)")
+    p.add_argument("--split", default="train", help="of a data source (train)")
+    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="to guide away from (what the pipeline does)")
+    p.add_argument("--batch-size", type=int, default=16, help="prompts encoded at once (16)")
+    p.add_argument("--shard-size", type=int, default=1024, help="prompts a file (1024)")
+    p.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of what is kept (float16)")
+    p.add_argument("--max-sequence-length", type=int, metavar="N", help="tokens a prompt (what the pipeline takes)")
     return parser
 
 
@@ -188,6 +227,18 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, metavar="W", help=scale)
     name = "network that a teacher is guided away from (its own null class)"
     parser.add_argument("--guidance-teacher", metavar="SOURCE", help=name)
+
+
+def add_prompts_and_vae(parser: argparse.ArgumentParser) -> None:
+    prompts = "of distill precompute prompts, for a model of texts: row i for image i, cycled"
+    parser.add_argument("--prompts", type=Path, metavar="FOLDER", help=prompts)
+    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="a diffusers AutoencoderKL that decodes latents")
+    norm = "of these latents: edm2, scm, sd, or vae: what its config says (vae)"
+    parser.add_argument("--normalization", default="vae", metavar="NAME", help=norm)
+
+
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
 
 
 def sentence(error: Exception) -> str:

@@ -18,13 +18,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 from tqdm import tqdm
 
 from distill.latents import Latents, is_latents_folder
+from distill.prompts import Prompts
 from distill.recipe import DataConfig, Recipe
 from distill.sampling import generate
 from teachers import Teacher
+from teachers.condition import Condition, Embeddings
 from teachers.pretrained import write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
@@ -178,19 +180,66 @@ def image_labels(images: Images) -> Tensor | None:
 IN_MEMORY_VALUES = 200_000_000
 
 
-def training_data(recipe: Recipe, teacher: Teacher | None, cache: Path) -> Dataset:
-    """The training set of a recipe, checked against it: in memory if it is small.
+class Captioned(Dataset):
+    """Images or latents with a prompt each in place of a label, as a mapping of tensors.
+
+    Prompts of a data set belong to its rows; those of samples of a teacher are the ones that it drew them for.
 
     Raises:
-        ValueError: a sample shape, label or sigma_data that does not fit the recipe.
+        ValueError: a data set of another number of rows.
+    """
+
+    def __init__(self, images: Dataset, prompts: Prompts, recipe: Recipe):
+        self.images, self.prompts = images, prompts
+        if recipe.data.source != "teacher" and len(images) != len(prompts):
+            raise ValueError(
+                f"data.prompts {recipe.data.prompts!r} holds {len(prompts)} prompts, data source {recipe.data.source!r} "
+                f"{len(images)} images; there must be one prompt for each, in their order"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.images[index][0], self.prompts.row(index % len(self))
+
+
+def captioned(data: Dataset, prompts: Prompts | None, recipe: Recipe) -> Dataset:
+    return data if prompts is None else Captioned(data, prompts, recipe)
+
+
+def collate(items: list[tuple]) -> tuple[Tensor, Condition]:
+    """A batch of a training set's items: samples, and their labels or prompts."""
+    x0, labels = default_collate(items)
+    return x0, Embeddings(labels) if isinstance(labels, dict) else labels
+
+
+def recipe_prompts(recipe: Recipe) -> Prompts | None:
+    """The prompts that a recipe names, checked against what their manifest says of them.
+
+    Raises:
+        FileNotFoundError, ValueError: see :class:`distill.prompts.Prompts`.
+    """
+    return None if recipe.data.prompts is None else Prompts(recipe.data.prompts)
+
+
+def training_data(recipe: Recipe, teacher: Teacher | None, cache: Path, prompts: Prompts | None = None) -> Dataset:
+    """The training set of a recipe, checked against it: in memory if it is small.
+
+    Args:
+        teacher: draws the samples of ``data.source: teacher``.
+        prompts: the recipe's.
+
+    Raises:
+        ValueError: a sample shape, label, sigma_data or number of prompts that does not fit the recipe.
     """
     if recipe.data.source == "teacher":
-        return TensorDataset(*teacher_samples(teacher, recipe, cache))
+        return captioned(TensorDataset(*teacher_samples(teacher, recipe, cache, prompts)), prompts, recipe)
     data = stored_data(recipe)
     if isinstance(data, Images) and len(data) * math.prod(recipe.sample_shape) <= IN_MEMORY_VALUES:
         data = TensorDataset(*as_tensors(data))
     check_sigma_data(data, recipe)
-    return data
+    return captioned(data, prompts, recipe)
 
 
 def stored_data(recipe: Recipe) -> Images | Latents:
@@ -260,8 +309,11 @@ def check_label_range(labels: Tensor | np.ndarray, num_classes: int, where: str)
             raise ValueError(f"label {label} in {where} is out of range for num_classes {num_classes}")
 
 
-def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tensor, Tensor]:
-    """Samples of the teacher in place of a data set, drawn once and cached under ``cache``.
+def teacher_samples(
+    teacher: Teacher, recipe: Recipe, cache: Path, prompts: Prompts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Samples of the teacher in place of a data set, drawn once and cached under ``cache``, and their labels (0 if there are
+    none).
 
     The file's name is a hash of the teacher's weights and of everything else the samples depend on.
     """
@@ -270,29 +322,37 @@ def teacher_samples(teacher: Teacher, recipe: Recipe, cache: Path) -> tuple[Tens
     if teacher.guidance_teacher is not None:
         guidance.append(teacher.guidance_teacher.metadata())
     facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, guidance, teacher.metadata()]
+    if prompts is not None:
+        facts.append(prompts.digest())
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for _, tensor in sorted(teacher.state_dict().items()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     path = cache / f"teacher-samples-{digest.hexdigest()[:16]}.safetensors"
     if not path.exists():
-        draw_teacher_samples(teacher, config, recipe.seed, path)
+        draw_teacher_samples(teacher, recipe, path, prompts)
     with safe_open(path, "pt") as file:
-        images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    return images.float() / 127.5 - 1, labels.long()
+        labels = file.get_tensor("labels").long()
+        if teacher.latents:
+            return file.get_tensor("latents").float(), labels
+        return file.get_tensor("images").float() / 127.5 - 1, labels
 
 
-def draw_teacher_samples(teacher: Teacher, config: DataConfig, seed: int, path: Path) -> None:
+def draw_teacher_samples(teacher: Teacher, recipe: Recipe, path: Path, prompts: Prompts | None) -> None:
+    """Images are kept in 8 bits, latents in half precision."""
+    config = recipe.data
     batches = generate(
-        teacher, config.num_teacher_samples, num_inference_steps=config.teacher_steps, role="teacher", seed=seed
-    )
-    images, labels = [], []
+        teacher, config.num_teacher_samples, num_inference_steps=config.teacher_steps, role="teacher", seed=recipe.seed,
+        labels=prompts, batch_size=recipe.evaluation.batch_size,
+    )  # fmt: skip
+    samples, labels = [], []
     with tqdm(total=config.num_teacher_samples, desc="teacher samples", unit="image") as bar:
         for x, y in batches:
-            images.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
-            labels.append((torch.zeros(len(x), dtype=torch.long) if y is None else y).cpu())
+            kept = x.half() if teacher.latents else ((x + 1) * 127.5).round().to(torch.uint8)
+            samples.append(kept.cpu())
+            labels.append(y.cpu() if torch.is_tensor(y) else torch.zeros(len(x), dtype=torch.long))
             bar.update(len(x))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"images": torch.cat(images), "labels": torch.cat(labels)}
+    tensors = {"latents" if teacher.latents else "images": torch.cat(samples), "labels": torch.cat(labels)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary))
 
 
@@ -324,11 +384,14 @@ class StepSampler:
 
 
 def training_loader(data: Dataset, sampler: StepSampler, num_workers: int) -> DataLoader | Iterator:
-    """Batches ``(x0, labels)``; data in memory is indexed directly."""
+    """Batches ``(x0, labels)``, or ``(x0, Embeddings)``; data in memory without prompts is indexed directly."""
     if isinstance(data, TensorDataset):
         return ((data.tensors[0][i], data.tensors[1][i]) for i in sampler)
-    batches = counting_on(sampler) if isinstance(data, Latents) else sampler
-    return DataLoader(data, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0)
+    stored = data.images if isinstance(data, Captioned) else data
+    batches = counting_on(sampler) if isinstance(stored, Latents) else sampler
+    return DataLoader(
+        data, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0, collate_fn=collate
+    )
 
 
 def counting_on(sampler: StepSampler) -> Iterator[list[int]]:

@@ -9,9 +9,12 @@ from tqdm import tqdm
 
 import teachers
 from distill.export import export
+from distill.latents import Decoder
+from distill.prompts import Prompts
 from distill.recipe import load_recipe
 from distill.sampling import device_of, generate
 from teachers import Teacher
+from teachers.condition import Condition
 from teachers.networks import is_registered
 from teachers.pretrained import model_config
 
@@ -60,33 +63,44 @@ class Model:
         self,
         num: int,
         num_inference_steps: int | None = None,
-        labels: list[int] | Tensor | None = None,
+        labels: list[int] | Condition | None = None,
         seed: int = 0,
         guidance_scale: float | None = None,
         batch_size: int = 250,
         progress: bool = False,
         solver: str = "heun",
         guidance_teacher: str | Path | Teacher | None = None,
+        prompts: str | Path | Prompts | None = None,
+        vae: str | Path | Decoder | None = None,
+        normalization: str = "vae",
     ) -> Tensor:
-        """``(num, C, H, W)`` fp32 in [-1, 1]. Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
+        """``(num, C, H, W)`` fp32: images in [-1, 1]; of a model of latents, without a ``vae``, latents as they are.
+        Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
 
         Args:
             num_inference_steps: evaluations of a student (default 2), Heun steps of a teacher (default 18: 35
                 evaluations).
-            labels: one class per image; by default they cycle through the classes.
+            labels: one class per image; by default they cycle through the classes. For a model of texts, the
+                ``teachers.condition.Embeddings`` of one prompt per image.
             guidance_scale: guidance of a teacher, or the input of a student distilled over a range (by default the
                 lowest of it).
             progress: show a progress bar on stderr.
             solver: of a teacher: ``heun``, or ``dpmpp_2m`` with one evaluation a step.
             guidance_teacher: the network that a teacher is guided away from, in place of its own null class: a name, a
                 path or a ``Teacher``.
+            prompts: in place of ``labels``, a folder of ``distill precompute prompts``: row ``i`` for image ``i``, from its
+                start again after its end. Its null prompt is what a teacher is guided away from.
+            vae: a folder with the diffusers ``AutoencoderKL`` that decodes latents.
+            normalization: of these latents, as in ``distill precompute latents``: edm2, scm, sd, or vae, which is what the
+                autoencoder's config says.
 
         Raises:
-            ValueError: bad numbers of steps, labels or guidance.
+            FileNotFoundError, ValueError: bad numbers of steps, labels, prompts or guidance, or a bad autoencoder.
         """
         batches = self.generate(
-            num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver, guidance_teacher
-        )
+            num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver, guidance_teacher,
+            prompts, vae, normalization,
+        )  # fmt: skip
         return torch.cat([images for images, _ in batches])
 
     def guidance(self, scale: float | None) -> float | None:
@@ -112,20 +126,39 @@ class Model:
 
     def generate(
         self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False,
-        solver="heun", guidance_teacher=None,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:  # fmt: skip
+        solver="heun", guidance_teacher=None, prompts=None, vae=None, normalization="vae",
+    ) -> Iterator[tuple[Tensor, Condition | None]]:  # fmt: skip
         """:meth:`sample` as an iterator over batches of images and labels."""
+        decoder = None if vae is None else self.decoder(vae, normalization)
         steps = DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
         times = self.config.get("sampling", {}).get(str(steps))
         network = self.guided(guidance_scale, guidance_teacher)
+        if prompts is not None:
+            network, labels = self.prompted(network, prompts, labels)
         batches = generate(
             network, num, num_inference_steps=steps, role=self.role, labels=labels, seed=seed,
             batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale), solver=solver,
         )  # fmt: skip
         with tqdm(total=num, desc=f"{self.role}, {steps} steps", unit="image", disable=not progress) as bar:
             for images, used in batches:
-                yield images, used
+                yield (images if decoder is None else decoder(images)), used
                 bar.update(len(images))
+
+    @staticmethod
+    def prompted(network: Teacher, prompts: str | Path | Prompts, labels) -> tuple[Teacher, Prompts]:
+        """The network with the prompts' null prompt, and the prompts."""
+        if labels is not None:
+            raise ValueError("give either labels or prompts, not both")
+        prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
+        return network.twin(null_prompt=prompts.null), prompts
+
+    def decoder(self, vae: str | Path | Decoder, normalization: str) -> Decoder:
+        """What makes images of this model's latents."""
+        if isinstance(vae, Decoder):
+            return vae
+        if not self.network.latents:
+            raise ValueError(f"the samples of this model are images already, of {self.network.sample_shape}; leave vae out")
+        return Decoder(vae, normalization, self.network.sample_shape[0])
 
     def evaluate(
         self,
@@ -137,24 +170,42 @@ class Model:
         progress: bool = False,
         guidance_scale: float | None = None,
         guidance_teacher: str | Path | Teacher | None = None,
+        prompts: str | Path | Prompts | None = None,
+        vae: str | Path | None = None,
+        normalization: str = "vae",
+        batch_size: int = 250,
+        solver: str = "heun",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance is that of
-        :meth:`sample`.
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts
+        and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
+        follow their prompts is not measured.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`sample`; or latents without an autoencoder.
         """
         from distill.evaluation import build_reference, evaluate
 
-        reference = build_reference(data, features, self.network.sample_shape[0])
+        if self.network.latents and vae is None:
+            raise ValueError("the samples of this model are latents; scores are of images and need its autoencoder (vae)")
+        decoder = None if vae is None else self.decoder(vae, normalization)
+        channels = self.network.sample_shape[0] if decoder is None else decoder.image_channels
+        label_column = "label" if self.network.text_condition is None else None
+        reference = build_reference(data, features, channels, label_column=label_column)
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
-            guidance_teacher=guidance_teacher,
+            guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
+            solver=solver,
         )  # fmt: skip
         return evaluate(batches, reference)
 
-    def export(self, folder: str | Path, format: str = "scm", vae: str | Path | None = None) -> Path:
-        """Write a diffusers pipeline folder; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config, format, vae)
+    def export(
+        self, folder: str | Path, format: str = "scm", vae: str | Path | None = None, pipeline: str | Path | None = None,
+        normalization: str | None = None,
+    ) -> Path:  # fmt: skip
+        """Write a diffusers pipeline folder, or adapters for one; see :func:`distill.export.export`."""
+        return export(self.network, folder, self.config, format, vae, pipeline, normalization)
 
 
 def has_no_velocity(student: str) -> str:

@@ -1,44 +1,24 @@
-"""Data prepared once, before any training: the latents of images, in files that training reads (:mod:`distill.latents`).
-
-The manifest is written first, with what the latents depend on, and again after each shard, with its hash. So at any moment
-the folder holds whole shards and says which; a run that was killed goes on at the first one missing.
+"""Data prepared once, before any training: the latents of images and the embeddings of prompts, in files that training
+reads (:mod:`distill.latents`, :mod:`distill.prompts`). How they lie on the disk is in :mod:`distill.shards`.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import torch
-from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from distill.data import Images, image_labels, load_images
-from distill.latents import (
-    FORMAT,
-    MANIFEST,
-    VERSION,
-    LatentNormalization,
-    constants_of,
-    encode,
-    file_hash,
-    is_latents_folder,
-    normalization,
-    read_manifest,
-    shard_names,
-)
+from distill.data import Images, image_labels, load_images, open_rows
+from distill.latents import LATENTS, constants_of, load_vae
+from distill.normalization import LatentNormalization, encode, normalization
+from distill.prompts import NULL, PROMPTS, TextEncoders
 from distill.recipe import DataConfig
-from teachers import hub
-from teachers.diffusers import has_safetensors, read_json
-from teachers.pretrained import check_target, write_atomically
+from distill.shards import add_shard, begin, hash_of, is_missing, model_hash, shard_rows
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-# What a manifest says that is not an input of the latents.
-NOT_COMPARED = ("source", "shards")
 
 
 def precompute_latents(
@@ -50,7 +30,7 @@ def precompute_latents(
     Args:
         data: the images, as in a recipe.
         vae_source: a diffusers ``AutoencoderKL``: its folder, its pipeline's, or ``hf://owner/name``.
-        norm_name: one of ``distill.latents.NAMES``.
+        norm_name: one of ``distill.normalization.NAMES``.
 
     Returns:
         Whether there was anything to do.
@@ -58,79 +38,156 @@ def precompute_latents(
     Raises:
         FileNotFoundError, ValueError: bad images, a bad autoencoder, or a folder of other latents; one sentence each.
     """
-    if batch_size < 1 or shard_size < 1:
-        raise ValueError(f"batch size and shard size must be at least 1, got {batch_size} and {shard_size}")
+    check_sizes(batch_size, shard_size)
     folder = Path(folder)
     vae = load_vae(vae_source)
     norm = normalization(norm_name, vae)
     images = load_images(data, vae.config.in_channels)
     labels = image_labels(images)
     facts = {
-        "format": FORMAT, "version": VERSION, "source": data.source, "split": data.split,
+        "source": data.source, "split": data.split,
         "image_column": data.image_column, "label_column": data.label_column,
         # A fingerprint of datasets holds each file's path, size and date.
         "images": images.rows._fingerprint, "vae": vae_hash(vae), "normalization": constants_of(norm, norm_name),
         "count": len(images), "sample_shape": latent_shape(vae, images), "dtype": dtype, "shard_size": shard_size,
     }  # fmt: skip
-    manifest = begin(folder, facts)
-    names = shard_names(len(images), shard_size)
-    missing = [i for i, name in enumerate(names) if name not in manifest["shards"] or not (folder / name).is_file()]
-    rows = [range(i * shard_size, min((i + 1) * shard_size, len(images))) for i in missing]
-    total = sum(map(len, rows))
-    with tqdm(total=len(images), initial=len(images) - total, desc="latents", unit="image", disable=not missing) as bar:
-        for i, part in zip(missing, rows, strict=True):
-            tensors = encode_rows(vae, images, part, norm, batch_size, data.num_workers, DTYPES[dtype], bar)
+    manifest = begin(folder, LATENTS, facts)
+    missing = missing_rows(folder, manifest, shard_rows(LATENTS, len(images), shard_size))
+    with progress("latents", "image", len(images), missing) as bar:
+        for name, rows in missing.items():
+            tensors = encode_rows(vae, images, rows, norm, batch_size, data.num_workers, DTYPES[dtype], bar)
             if labels is not None:
-                tensors["labels"] = labels[part.start : part.stop].clone()
-            write_atomically(folder / names[i], lambda path, tensors=tensors: save_file(tensors, path))
-            manifest["shards"][names[i]] = file_hash(folder / names[i])
-            write_manifest(folder, manifest)
+                tensors["labels"] = labels[rows.start : rows.stop].clone()
+            add_shard(folder, manifest, name, tensors)
     return bool(missing)
 
 
-def begin(folder: Path, facts: dict) -> dict:
-    """The folder's manifest: a new one, or that of a run with the same inputs.
+def precompute_prompts(
+    pipeline: str | Path, captions: list[str], folder: str | Path, source: str = "in memory", negative_prompt: str = "",
+    batch_size: int = 16, shard_size: int = 1024, dtype: str = "float16", max_sequence_length: int | None = None,
+) -> bool:  # fmt: skip
+    """Embed prompts by the text encoders of a diffusers pipeline, or finish a folder that was begun.
+
+    Args:
+        pipeline: its folder on disk; nothing but the text encoders is loaded, and nothing downloaded.
+        captions: the prompts, of which row ``i`` of the folder becomes the ``i``-th.
+        source: where they came from, for the manifest.
+        negative_prompt: what becomes the null prompt; an empty one is what the pipeline itself takes for none.
+        max_sequence_length: tokens a prompt, of pipelines that let one choose; by default theirs.
+
+    Returns:
+        Whether there was anything to do.
 
     Raises:
-        ValueError: the folder holds latents of other inputs, or something else.
+        FileNotFoundError, ValueError: a bad pipeline, no prompts, or a folder of other prompts; one sentence each.
     """
-    if not is_latents_folder(folder):
-        check_target(folder, (), "a folder of latents")
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = {**facts, "shards": {}}
-        write_manifest(folder, manifest)
-        return manifest
-    manifest = read_manifest(folder)
-    for key in facts.keys() - set(NOT_COMPARED):
-        if manifest.get(key) != facts[key]:
-            raise ValueError(
-                f"{folder} holds latents with another {key} ({brief(manifest.get(key))}; asked for: {brief(facts[key])}); "
-                "give another folder"
-            )
-    for path in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
-        path.unlink()
-    return manifest
+    check_sizes(batch_size, shard_size)
+    if not captions:
+        raise ValueError(f"there are no prompts in {source}")
+    folder, kept = Path(folder), DTYPES[dtype]
+    encoders = TextEncoders(pipeline, max_sequence_length)
+    null = cast(encoders.null_prompt(negative_prompt), kept, "the negative prompt")
+    facts = {
+        "source": source, "prompts": hash_of(captions),
+        "negative_prompt": negative_prompt, "pipeline": encoders.name, "text_encoders": encoders.digest(),
+        "max_sequence_length": encoders.max_sequence_length, "count": len(captions),
+        "shapes": {name: list(tensor.shape[1:]) for name, tensor in null.items()}, "dtype": dtype,
+        "shard_size": shard_size,
+    }  # fmt: skip
+    manifest = begin(folder, PROMPTS, facts)
+    no_null = is_missing(folder, manifest, NULL)
+    if no_null:
+        add_shard(folder, manifest, NULL, null)
+    missing = missing_rows(folder, manifest, shard_rows(PROMPTS, len(captions), shard_size))
+    with progress("prompts", "prompt", len(captions), missing) as bar:
+        for name, rows in missing.items():
+            add_shard(folder, manifest, name, embed_rows(encoders, captions, rows, batch_size, kept, bar))
+    return no_null or bool(missing)
 
 
-def brief(value) -> str:
-    return str(value.get("name")) if isinstance(value, dict) else str(value)[:40]
+def embed_rows(
+    encoders: TextEncoders, captions: list[str], rows: range, batch_size: int, dtype: torch.dtype, bar: tqdm
+) -> dict[str, Tensor]:
+    """The embeddings of some of the prompts, by name."""
+    batches = []
+    for start in range(rows.start, rows.stop, batch_size):
+        part = captions[start : min(start + batch_size, rows.stop)]
+        batches.append(cast(encoders(part), dtype, f"prompts {start} to {start + len(part) - 1}"))
+        bar.update(len(part))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def write_manifest(folder: Path, manifest: dict) -> None:
-    write_atomically(folder / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype, what: str) -> dict[str, Tensor]:
+    """Tensors as they are kept: on the CPU, those in floating point in ``dtype``.
+
+    Raises:
+        ValueError: one that is not finite.
+    """
+    kept = {n: (x.to(dtype) if x.is_floating_point() else x).cpu().contiguous() for n, x in tensors.items()}
+    check_finite(list(kept.values()), dtype, f"the text encoders' embeddings of {what}")
+    return kept
+
+
+def read_captions(source: str, column: str = "text", split: str = "train") -> list[str]:
+    """Prompts: the lines of a ``.txt`` file, an empty one being an empty prompt; or a column of text of a data source.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file or source, or no text in it; one sentence.
+    """
+    if source.endswith(".txt"):
+        return read_lines(Path(source))
+    rows = open_rows(source, split)
+    if column not in rows.column_names:
+        raise ValueError(f"data source {source!r} has no column {column!r}; it has: {', '.join(rows.column_names)}")
+    kind = rows.features[column]
+    if not isinstance(kind, datasets.Value) or kind.dtype not in ("string", "large_string"):
+        raise ValueError(f"column {column!r} of data source {source!r} holds no text")
+    captions = rows[column][:]
+    if None in captions:
+        raise ValueError(f"row {captions.index(None)} of data source {source!r} has no text in column {column!r}")
+    return captions
+
+
+def read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} with prompts")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
+    if lines[-1] == "":  # after the last line's end
+        del lines[-1]
+    return [line.removesuffix("\r") for line in lines]
+
+
+def check_sizes(batch_size: int, shard_size: int) -> None:
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(f"batch size and shard size must be at least 1, got {batch_size} and {shard_size}")
+
+
+def check_finite(tensors: list[Tensor], dtype: torch.dtype, what: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{what} are not finite{'; try float32' if dtype == torch.float16 else ''}")
+
+
+def missing_rows(folder: Path, manifest: dict, files: dict[str, range]) -> dict[str, range]:
+    return {name: rows for name, rows in files.items() if is_missing(folder, manifest, name)}
+
+
+def progress(title: str, unit: str, count: int, missing: dict[str, range]) -> tqdm:
+    done = count - sum(map(len, missing.values()))
+    return tqdm(total=count, initial=done, desc=title, unit=unit, disable=not missing)
 
 
 def encode_rows(
-    vae: AutoencoderKL, images: Images, rows: range, norm: LatentNormalization, batch_size: int, num_workers: int,
+    vae: nn.Module, images: Images, rows: range, norm: LatentNormalization, batch_size: int, num_workers: int,
     dtype: torch.dtype, bar: tqdm,
 ) -> dict[str, Tensor]:  # fmt: skip
     """``mean`` and ``std`` ``(len(rows), C, h, w)`` of some of the images."""
     means, stds = [], []
     for batch in image_batches(images, rows, batch_size, num_workers):
         mean, std = (part.to(dtype).cpu() for part in encode(vae, batch.to(vae.device), norm))
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            hint = "; try float32" if dtype == torch.float16 else ""
-            raise ValueError(f"the autoencoder's latents of images {rows.start} to {rows.stop - 1} are not finite{hint}")
+        check_finite([mean, std], dtype, f"the autoencoder's latents of images {rows.start} to {rows.stop - 1}")
         means.append(mean)
         stds.append(std)
         bar.update(len(batch))
@@ -149,54 +206,12 @@ def image_batches(images: Images, rows: range, batch_size: int, num_workers: int
         yield torch.stack([image for image, _ in batch])
 
 
-def vae_folder(source: str | Path) -> Path:
-    """Where an autoencoder lies that is named by its folder or by its pipeline's, on disk or on the hub.
-
-    Raises:
-        ValueError, OSError: see :func:`teachers.hub.fetch`.
-    """
-    folder = hub.fetch_model(source, ".", "vae") if hub.is_hub(source) else Path(source)
-    return folder / "vae" if (folder / "vae").is_dir() else folder
-
-
-def load_vae(source: str | Path) -> AutoencoderKL:
-    """A diffusers autoencoder from its folder, in fp32, on a GPU if there is one; see :func:`vae_folder`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such folder, another kind of model, or weights that are damaged; one sentence.
-    """
-    folder = vae_folder(source)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"no autoencoder in {folder}: it has no config.json")
-    kind = read_json(config).get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{config} is of a {kind}; supported: AutoencoderKL")
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=has_safetensors(folder), torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the autoencoder in {folder} cannot be loaded: {reason}") from error
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"the autoencoder in {folder} has tensors missing or too many: {', '.join(map(str, wrong[:3]))}")
-    return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def vae_hash(vae: AutoencoderKL) -> str:
+def vae_hash(vae: nn.Module) -> str:
     """Of its config and its weights, whatever files they came in."""
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return model_hash(vae, {key: value for key, value in vae.config.items() if not key.startswith("_")})
 
 
-def latent_shape(vae: AutoencoderKL, images: Images) -> list[int]:
+def latent_shape(vae: nn.Module, images: Images) -> list[int]:
     """``[C, h, w]`` of the first image's latent.
 
     Raises:

@@ -17,15 +17,26 @@ from pathlib import Path
 
 import torch
 
+from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
-from distill.data import check_sigma_data, load_images, stored_data
-from distill.evaluation import Reference, evaluate, evaluation_source, extract, format_table, recipe_reference
+from distill.data import captioned, check_sigma_data, load_images, recipe_prompts, stored_data
+from distill.evaluation import (
+    Reference,
+    evaluate,
+    evaluation_data,
+    evaluation_source,
+    extract,
+    format_table,
+    recipe_reference,
+)
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
+from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
-from distill.recipe import DataConfig, Recipe, load_recipe, parse_overrides
+from distill.prompts import Prompts
+from distill.recipe import Recipe, load_recipe, parse_overrides
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
 from distill.trainer import (
@@ -36,6 +47,7 @@ from distill.trainer import (
     check_tracker,
     load_pretrained,
     load_velocity_teacher,
+    ordinary_student,
     save_model,
     teacher_verdict,
     trained_model,
@@ -58,20 +70,25 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
+    obstacle = None if recipe.is_diffusion else export_obstacle(ordinary_student(trainer).native)
+    if obstacle is not None:
+        trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
         return model
     folder = trainer.output_dir / "student"
     save_model(model, folder)
-    search_sampling_times(recipe, model)
-    rows = report(recipe, model, trainer.teacher)
+    if recipe.lora is not None and recipe.student is None:  # adapters of the teacher, which its pipeline has
+        write_adapters(folder, trainer.student)
+    search_sampling_times(recipe, model, trainer.prompts)
+    rows = report(recipe, model, trainer.teacher, trainer.prompts)
     others = tuple(f"{name}, " for name in recipe.evaluation.also)
     model.config["metrics"] = {title: row for title, row in rows.items() if not title.startswith(others)}
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
-        if model.role == "student":
+        if model.role == "student" and obstacle is None:
             model.export(trainer.output_dir / "pipeline")
             written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
@@ -90,7 +107,7 @@ def check_evaluation(recipe: Recipe) -> None:
         features = default_features(source) if e.features is None else e.features
         extract(load_features(features), torch.zeros(1, *recipe.sample_shape), None)
     if e.data is not None:
-        load_images(DataConfig(e.data), channels)
+        load_images(evaluation_data(recipe), channels)
     for name in e.also:
         config = load_config(name)
         if config["role"] != "student" or list(config["sample_shape"]) != recipe.sample_shape:
@@ -99,7 +116,7 @@ def check_evaluation(recipe: Recipe) -> None:
         find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint)
 
 
-def search_sampling_times(recipe: Recipe, model: Model) -> None:
+def search_sampling_times(recipe: Recipe, model: Model, prompts: Prompts | None) -> None:
     """Replace a student's intermediate sampling times by those with the lowest Fréchet distance, if the recipe asks.
 
     The samples have another seed than those that are reported. The times go into the model's ``config``.
@@ -112,7 +129,7 @@ def search_sampling_times(recipe: Recipe, model: Model) -> None:
     def score(times: list[float]) -> float:
         batches = generate(
             model.network, e.search_samples, num_inference_steps=len(times), role="student", seed=recipe.seed + 1,
-            batch_size=e.batch_size, times=times, guidance=model.guidance(None),
+            batch_size=e.batch_size, times=times, guidance=model.guidance(None), labels=prompts,
         )  # fmt: skip
         return reference.frechet_distance(batches)
 
@@ -124,7 +141,7 @@ def search_sampling_times(recipe: Recipe, model: Model) -> None:
     model.config["sampling"] = found
 
 
-def report(recipe: Recipe, trained: Model, teacher: Teacher | None) -> dict[str, dict]:
+def report(recipe: Recipe, trained: Model, teacher: Teacher | None, prompts: Prompts | None) -> dict[str, dict]:
     """Grid and table of the trained network beside its teacher and the students the recipe names."""
     e, output = recipe.evaluation, Path(recipe.output_dir)
     reference = recipe_reference(recipe)
@@ -133,11 +150,13 @@ def report(recipe: Recipe, trained: Model, teacher: Teacher | None) -> dict[str,
     grid, rows = {}, {}
     if teacher is not None and e.teacher_steps:
         title = f"teacher, {count_evaluations(e.teacher_steps)} NFE"
-        grid[title], rows[title] = sample_and_score(recipe, Model(teacher, {"role": "teacher"}), e.teacher_steps, reference)
+        grid[title], rows[title] = sample_and_score(
+            recipe, Model(teacher, {"role": "teacher"}), e.teacher_steps, reference, prompts
+        )
     for name, model in entries:
         for n in e.num_inference_steps if model.role == "student" else [e.teacher_steps]:
             title = f"{name}, {n} step{'s' * (n > 1)}"
-            grid[title], rows[title] = sample_and_score(recipe, model, n, reference)
+            grid[title], rows[title] = sample_and_score(recipe, model, n, reference, prompts)
             rows[title]["training (min)"] = model.config.get("training", {}).get("minutes")
     labelled_grid(grid, output / "grid.png", "the same noise, teacher and students")
     table = format_table(rows)
@@ -149,10 +168,13 @@ def report(recipe: Recipe, trained: Model, teacher: Teacher | None) -> dict[str,
     return rows
 
 
-def sample_and_score(recipe: Recipe, model: Model, steps: int, reference: Reference | None) -> tuple[torch.Tensor, dict]:
+def sample_and_score(
+    recipe: Recipe, model: Model, steps: int, reference: Reference | None, prompts: Prompts | None
+) -> tuple[torch.Tensor, dict]:
     """The first 20 images of ``evaluation.num_samples`` and the scores of all (without a reference: their time alone)."""
     e = recipe.evaluation
-    generated = model.generate(e.num_samples, steps, seed=recipe.seed, batch_size=e.batch_size, progress=True)
+    labels = prompts if model.network.text_condition is not None else None
+    generated = model.generate(e.num_samples, steps, labels, recipe.seed, batch_size=e.batch_size, progress=True)
     batches = TimedBatches(generated, keep=20)
     scores = {"num_samples": sum(len(x) for x, _ in batches)} if reference is None else evaluate(batches, reference)
     return torch.cat(batches.first)[:20], {**scores, "ms/image": batches.seconds / e.num_samples * 1000}
@@ -195,22 +217,28 @@ def check(recipe: Recipe) -> str:
     pretrained = load_pretrained(recipe)
     teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
+    prompts = recipe_prompts(recipe)
     data = None if recipe.data.source == "teacher" else stored_data(recipe)
     if data is not None:
         check_sigma_data(data, recipe)
+        data = captioned(data, prompts, recipe)
     verdict = teacher_verdict(recipe, teacher, data) if recipe.needs_velocity else None
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments and one more copy for each average; the teacher may be another network.
+    # Weights, gradients, two Adam moments and one more copy for each average of what is trained. What is frozen is there
+    # once, also where student and teacher share it; the teacher may be another network.
     averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
-    frozen = 0 if teacher is None else sum(p.numel() for p in teacher.parameters())
-    state = 4 * (parameters * (4 + averages) + frozen)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    fixed = [p for p in student.parameters() if not p.requires_grad] + ([] if teacher is None else [*teacher.parameters()])
+    frozen = sum({id(p): p.numel() for p in fixed}.values())
+    state = 4 * (trained * (4 + averages) + frozen)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
+    part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
-        f"network: {type(student.native).__name__}, {parameters:,} parameters",
+        f"network: {type(student.native).__name__}, {parameters:,} parameters{part}",
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]
@@ -235,7 +263,7 @@ def kept_bytes(student: Teacher, batch: int, mixed_precision: str) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    labels = None if student.num_classes is None else torch.zeros(batch, dtype=torch.long)
+    labels = student.example_condition(batch)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
         result = student(torch.zeros(batch, *student.sample_shape), torch.ones(batch), labels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from distill import trigflow
+from distill.prompts import Prompts
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers import Teacher
 from teachers.condition import Condition, Embeddings
@@ -97,11 +98,13 @@ class evaluation_mode:
         self.module.train(self.training)
 
 
-def check_condition(model: Teacher, labels: Condition | list[int] | None, num: int) -> Condition | None:
-    """Labels or prompts on the model's device, checked: one per sample, each a class or what the text encoder gives."""
+def check_condition(model: Teacher, labels: Condition | Prompts | list[int] | None, num: int) -> Condition | Prompts | None:
+    """Labels or prompts on the model's device, checked: one per sample, each a class or what the text encoder gives.
+    Prompts on the disk stay there.
+    """
     if model.text_condition is not None:
         return check_prompts(model, labels, num)
-    if isinstance(labels, Embeddings):
+    if isinstance(labels, Embeddings | Prompts):
         raise ValueError(f"{model.source or 'this model'} takes no text embeddings")
     if labels is None:
         if model.num_classes is not None:
@@ -116,10 +119,13 @@ def check_condition(model: Teacher, labels: Condition | list[int] | None, num: i
     return labels
 
 
-def check_prompts(model: Teacher, prompts: Embeddings | None, num: int) -> Embeddings:
+def check_prompts(model: Teacher, prompts: Embeddings | Prompts | None, num: int) -> Embeddings | Prompts:
     """As :func:`check_condition`, for a network of texts."""
     if prompts is None:
         raise ValueError("this model is conditioned on text and needs the embeddings of a prompt for each sample")
+    if isinstance(prompts, Prompts):
+        model.check_text(prompts.null)
+        return prompts
     model.check_text(prompts)
     if len(prompts) != num:
         raise ValueError(f"{num} samples need {num} prompts, got {len(prompts)}")
@@ -255,18 +261,19 @@ def generate(
     *,
     num_inference_steps: int,
     role: str,
-    labels: Condition | list[int] | None = None,
+    labels: Condition | Prompts | list[int] | None = None,
     seed: int = 0,
     batch_size: int = 250,
     times: list[float] | None = None,
     guidance: float | None = None,
     solver: str = "heun",
 ) -> Iterator[tuple[Tensor, Condition | None]]:
-    """Batches of images ``(B, C, H, W)`` clamped to [-1, 1] and their labels, ``num`` in all.
+    """Batches of images ``(B, C, H, W)`` clamped to [-1, 1], or of latents as they are, and their labels, ``num`` in all.
 
     Args:
         role: ``"teacher"`` (``num_inference_steps`` counts solver steps) or ``"student"`` (it counts evaluations).
-        labels: one per image; by default they cycle through the classes.
+        labels: one per image; by default they cycle through the classes. A folder of prompts is gone through in order,
+            again from its start after its end.
         guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
         solver: of a teacher: ``heun`` (2n - 1 evaluations) or ``dpmpp_2m`` (n evaluations).
 
@@ -297,13 +304,13 @@ def generate(
 def draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver):
     """The iterator behind :func:`generate`."""
     for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
+        part = slice(start, min(start + batch_size, len(seeds)))
         y = None if labels is None else labels[part]
         if role == "teacher":
             images = sample_teacher(model, seeds[part], y, num_inference_steps, solver, guidance=guidance)
         else:
             images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
-        yield images.clamp(-1, 1), y
+        yield (images if model.latents else images.clamp(-1, 1)), y
 
 
 def search_times(score: Callable[[list[float]], float], times: list[float], rounds: int = 2) -> tuple[list[float], float]:

@@ -1,8 +1,9 @@
 """Students as pipelines of diffusers' own classes, which load with neither this package nor code of the folder's.
 
-Three families have one. A network of noise levels by DDPM's steps is stepped by ``LCMScheduler``: with its skip connection
-shrunk to nothing, a step is the consistency function at that noise level followed by new noise. OpenAI's U-Net is stepped by
-``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is the consistency function in EDM's preconditioning.
+Three families have one, besides those of text (:mod:`distill.text_pipeline`). A network of noise levels by DDPM's steps is
+stepped by ``LCMScheduler``: with its skip connection shrunk to nothing, a step is the consistency function at that level
+followed by new noise. OpenAI's U-Net is stepped by ``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is the
+consistency function in EDM's preconditioning.
 """
 
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from distill.precompute import load_vae, vae_folder
+from distill.latents import load_vae, vae_folder
 from distill.schedule import student_times
 from distill.trigflow import max_time
 from distill.unet2d import as_unet2d
@@ -32,7 +33,8 @@ def standard_pipeline(model: Teacher, facts: dict, vae: str | Path | None) -> tu
     """
     name = type(model.native).__name__
     if name not in PIPELINES:
-        raise ValueError(f"no pipeline of diffusers has a {name}, only {', '.join(PIPELINES)}; {INSTEAD}")
+        have = f"{', '.join(PIPELINES)}, DiffusersText"
+        raise ValueError(f"no pipeline of diffusers has a {name}, only {have}; {INSTEAD}")
     return PIPELINES[name](model, facts, vae)
 
 

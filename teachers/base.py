@@ -1,14 +1,15 @@
 """The one interface every teacher and student is seen through: the TrigFlow network ``F(x_t, t, condition)``."""
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from teachers.condition import Condition, Embeddings, example_text, fits, join, replace_rows
-from teachers.networks import build, is_registered
+from teachers.networks import build, is_ours, is_registered
 from teachers.parameterization import Parameterization
 
 
@@ -24,7 +25,7 @@ class Teacher(nn.Module):
             as ``native(x, time, {name: tensor})``; a first axis of tokens may have another length.
         parameterization: what its input, time and output mean.
         sigma_data: standard deviation of the data, in the units of ``x``.
-        sample_shape: ``(C, H, W)``, one sample without the batch.
+        sample_shape: ``(C, H, W)``, or ``(C, F, H, W)`` for videos: one sample without the batch.
         num_classes: number of classes, ``None`` if unconditional.
         label_format: ``"index"`` passes integers with ``num_classes`` as the null class, ``"one_hot"`` passes
             ``(B, num_classes)`` with zeros as the null class.
@@ -37,6 +38,8 @@ class Teacher(nn.Module):
             Its own guidance is ignored. It is part of this module, and so moves with it, but stays in eval mode and is
             in no student and no saved model.
         source: the name or path it was loaded from, for messages and cards.
+        latents: whether samples are latents of an autoencoder, not images in [-1, 1]; ``None``: unless they have 1 or 3
+            channels, as images do.
         null_prompt: of a network of texts: the embeddings of the empty or negative prompt, one row. It stands where a
             class-conditional network has its null class.
 
@@ -56,6 +59,7 @@ class Teacher(nn.Module):
         source: str | None = None,
         guidance_teacher: "Teacher | None" = None,
         null_prompt: Embeddings | None = None,
+        latents: bool | None = None,
     ):
         super().__init__()
         if label_format not in LABEL_FORMATS:
@@ -73,6 +77,7 @@ class Teacher(nn.Module):
         self.source = source
         self.guidance_teacher = guidance_teacher
         self.null_prompt = null_prompt
+        self.latents = not has_image_channels(self.sample_shape) if latents is None else latents
         if guidance_teacher is not None:
             self.check_guidance_teacher(guidance_teacher)
             guidance_teacher.eval()
@@ -122,7 +127,7 @@ class Teacher(nn.Module):
         c = self.parameterization.coefficients(t, self.sigma_data)
         scale = c.input_scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
         # Networks of ours take it as it is, and round only its sines and cosines.
-        time = c.time if x_t.dtype == torch.float64 or is_registered(self.native) else c.time.float()
+        time = c.time if x_t.dtype == torch.float64 or is_ours(self.native) else c.time.float()
         condition = {"guidance": guidance.to(time.dtype)} if guidance is not None else {}
         args = (self.native_condition(labels, x_t),) if self.is_conditional else ()
         u = self.native(x_t * scale, time, *args, **condition)
@@ -244,7 +249,7 @@ class Teacher(nn.Module):
             native=self.native, parameterization=self.parameterization, sigma_data=self.sigma_data,
             sample_shape=self.sample_shape, num_classes=self.num_classes, label_format=self.label_format,
             guidance_scale=self.guidance_scale, guidance_interval=self.guidance_interval, source=self.source,
-            guidance_teacher=self.guidance_teacher, null_prompt=self.null_prompt,
+            guidance_teacher=self.guidance_teacher, null_prompt=self.null_prompt, latents=self.latents,
         )  # fmt: skip
         return Teacher(**{**own, **changes}).train(self.training)
 
@@ -255,7 +260,7 @@ class Teacher(nn.Module):
         teacher's copy trains again, except for what its network never trains (position tables).
 
         Raises:
-            ValueError: ``guidance_embedding`` for a network that is not one of ours.
+            ValueError: ``guidance_embedding`` for a network that has no such argument.
         """
         wider = guidance_embedding and not self.accepts_guidance
         native = with_guidance_embedding(self.native) if wider else copy.deepcopy(self.native)
@@ -287,36 +292,59 @@ class Teacher(nn.Module):
         guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sigma_data(sigma_data)
         return self.twin(sigma_data=sigma_data, guidance_teacher=guide)
 
+    def at_sample_shape(self, sample_shape: Sequence[int]) -> "Teacher":
+        """The same network, not copied, for samples of another size, if it takes any: those of diffusers that are told a
+        text do. Others, and those of other channels, are returned as they are.
+
+        Raises:
+            ValueError: a size that such a network does not take.
+        """
+        shape = tuple(sample_shape)
+        other = shape != self.sample_shape and shape[:1] == self.sample_shape[:1]
+        if not other or not hasattr(self.native, "check_sample_shape"):
+            return self
+        self.native.check_sample_shape(shape)
+        guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sample_shape(shape)
+        return self.twin(sample_shape=shape, guidance_teacher=guide)
+
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
-        return {
+        facts = {
             "parameterization": self.parameterization.to_dict(),
             "sigma_data": self.sigma_data,
             "sample_shape": list(self.sample_shape),
             "num_classes": self.num_classes,
             "label_format": self.label_format,
         }
+        return facts | ({"latents": self.latents} if self.latents == has_image_channels(self.sample_shape) else {})
+
+
+def has_image_channels(sample_shape: tuple[int, ...]) -> bool:
+    return sample_shape[0] in (1, 3)
 
 
 def with_guidance_embedding(native: nn.Module) -> nn.Module:
     """``native`` rebuilt with a zero-initialised guidance-scale input (sCM, section 5.2).
 
     Raises:
-        ValueError: for a network that is not one of ours, which cannot be rebuilt.
+        ValueError: for a network that cannot be rebuilt, or not with a guidance input.
     """
-    if not is_registered(native):
+    if not is_registered(native) or "guidance_embedding" not in inspect.signature(type(native)).parameters:
         raise ValueError(f"{type(native).__name__} has no guidance input; distil it at a fixed guidance_scale instead")
     parameter = next(native.parameters())
     wider = build(type(native).__name__, {**native.config, "guidance_embedding": True})
+    if not getattr(wider, "guidance_embedding", False):
+        name = type(native).__name__
+        raise ValueError(f"{name} takes guidance_embedding, but does not keep it as an attribute of that name")
     wider.to(parameter.device, parameter.dtype)
     wider.load_state_dict({**wider.state_dict(), **native.state_dict()})
     return wider
 
 
 def unfreeze(native: nn.Module) -> None:
-    """Make trainable again what a network of ours trains when built; all of a foreign one that is frozen whole."""
+    """Make trainable again what a registered network trains when built; all of another one that is frozen whole."""
     if is_registered(native):
-        with torch.device("meta"):
+        with torch.device("meta" if is_ours(native) else "cpu"):
             built = build(type(native).__name__, native.config)
         for p, reference in zip(native.parameters(), built.parameters(), strict=True):
             p.requires_grad_(reference.requires_grad)
@@ -338,9 +366,10 @@ def wrap(
     sample_shape: tuple[int, ...],
     num_classes: int | None = None,
     label_format: str = "index",
+    latents: bool | None = None,
 ) -> Teacher:
     """Bring any ``nn.Module`` in one line; see :class:`Teacher` for the arguments.
 
     >>> teacher = wrap(my_unet, teachers.EDM, sigma_data=0.5, sample_shape=(3, 32, 32))
     """
-    return Teacher(module, parameterization, sigma_data, sample_shape, num_classes, label_format)
+    return Teacher(module, parameterization, sigma_data, sample_shape, num_classes, label_format, latents=latents)

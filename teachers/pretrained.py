@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
 from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
-from teachers.networks import build, is_number, is_registered
+from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
@@ -156,7 +157,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
     "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
-    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
+    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
 }
@@ -187,20 +188,31 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     native.load_state_dict(tensors)
     model = Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
-        config["label_format"], source=str(source),
+        config["label_format"], source=str(source), latents=config.get("latents"),
     )  # fmt: skip
     return model.to(device).eval()
 
 
 def build_unfilled(name: str, config: dict) -> nn.Module:
-    """A network whose weights are still to come: no time and no random numbers are spent on them, unless it has tables that
-    no file holds, which are made with it (position tables of diffusers).
+    """A network whose weights are still to come: no time and no random numbers are spent on them, but it has the tables that
+    no file holds (positions, in networks of diffusers). A user's own may do anything, and is built as it is.
     """
-    with torch.device("meta"):
-        network = build(name, config)
-    if network.state_dict().keys() >= {key for key, _ in network.named_buffers()}:
-        return network.to_empty(device="cpu")
-    return build(name, config)
+    if name in NETWORKS and NETWORKS[name] not in OURS:
+        return build(name, config)
+    with NoDraws():
+        return build(name, config)
+
+
+class NoDraws(TorchFunctionMode):
+    """What would be drawn at random is left as memory holds it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.rand, torch.randn) and "generator" not in kwargs:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:
@@ -275,7 +287,7 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
             (baked in), ``guidance_range``, ``teacher``, ``training``, ``metrics`` (rows of a table).
 
     Raises:
-        ValueError: for a network that is not one of ours and could not be rebuilt from a config.
+        ValueError: for a network that is not registered and could not be rebuilt from a config.
         OSError: for example a full disk; a model that was there before stays whole.
     """
     write_model(Path(folder), model, model_config(model, role, **extra))
@@ -300,11 +312,22 @@ def write_weights(folder: Path, model: Teacher) -> None:
 
 def model_config(model: Teacher, role: str, **extra) -> dict:
     """The ``config.json`` of a model; see :func:`save_pretrained`."""
-    if not is_registered(model.native):
-        name = type(model.native).__name__
-        raise ValueError(f"{name} was not made by teachers.networks.build and cannot be saved as a model folder")
+    check_registered(model.native)
     facts = {"format": FORMAT, "version": VERSION, "role": role, "network": type(model.native).__name__}
     return {**facts, "network_config": model.native.config, **model.metadata(), **extra}
+
+
+def check_registered(native: nn.Module) -> None:
+    """Raise ``ValueError`` for a network that cannot be built again, with what is to be done."""
+    if is_registered(native):
+        return
+    name = type(native).__name__
+    if is_ours(native):
+        raise ValueError(f"{name} was not made by teachers.networks.build and cannot be saved as a model folder or exported")
+    raise ValueError(
+        f"{name} is not registered and cannot be saved as a model folder or exported: decorate its class with "
+        "@teachers.register, then make the network"
+    )
 
 
 def write_atomically(path: Path, write) -> None:
@@ -344,19 +367,24 @@ def inspect(source: str | Path) -> dict:
     }
 
 
-def student_needs(speed: float) -> str:
+def student_needs(speed: float | None) -> str:
     """What a student of a network whose time embedding turns at this speed needs (sCM, section 4.1)."""
+    if speed is None:
+        return "cannot be told in advance: the time embedding is none of ours"
     if speed > TOLERABLE_SPEED:
         return f"needs a smoother time embedding (speed {TOLERABLE_SPEED:g} at most): objective retrofit"
     return "can start from this network as it is"
 
 
-def time_embedding_speed(model: Teacher, num_times: int = 500) -> float:
+def time_embedding_speed(model: Teacher, num_times: int = 500) -> float | None:
     """How fast the time embedding turns: max over t of ``rms(cos t sin t d emb/dt) / rms(emb)``.
 
     About 0.1 for TrigFlow, EDM's DDPM++ and SiT; above 1 a student needs a smoother embedding (sCM, section 4.1).
+    ``None`` for a network whose time embedding is none of ours.
     """
-    embedding = next(iter(time_embeddings(model.native).values()))
+    embedding = next(iter(time_embeddings(model.native).values()), None)
+    if embedding is None:
+        return None
     ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / model.sigma_data
     t = torch.linspace(*torch.atan(ends).tolist(), num_times, dtype=torch.float64)
 

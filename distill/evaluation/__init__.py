@@ -26,7 +26,10 @@ from distill.latents import is_latents_folder
 from distill.recipe import MINIMUM_SAMPLES, DataConfig, Recipe
 from teachers.pretrained import read_safetensors, write_atomically
 
-__all__ = ["Reference", "build_reference", "evaluate", "evaluation_source", "extract", "format_table", "recipe_reference"]
+__all__ = [
+    "Reference", "build_reference", "evaluate", "evaluation_data", "evaluation_source", "extract", "format_table",
+    "recipe_reference",
+]  # fmt: skip
 
 # Rows for the metrics that compare all pairs; the Fréchet distance uses every image.
 PAIRWISE_SAMPLES = 10_000
@@ -141,13 +144,22 @@ def evaluation_source(recipe: Recipe) -> str | None:
     return None if no_images else recipe.data.source
 
 
+def evaluation_data(recipe: Recipe) -> DataConfig | None:
+    """The data that a recipe's samples are scored against, of prompts without labels; ``None`` without a data set."""
+    source = evaluation_source(recipe)
+    if source is None or recipe.evaluation.data is None:
+        return None if source is None else recipe.data
+    return DataConfig(source, label_column=None if recipe.data.prompts else "label")
+
+
 def recipe_reference(recipe: Recipe) -> Reference | None:
     """What a recipe's samples are scored against; ``None`` without a data set."""
-    e = recipe.evaluation
-    if evaluation_source(recipe) is None:
+    data = evaluation_data(recipe)
+    if data is None:
         return None
-    data = recipe.data if e.data is None else DataConfig(e.data)
-    return build_reference(data.source, e.features, recipe.sample_shape[0], data.image_column, data.label_column)
+    return build_reference(
+        data.source, recipe.evaluation.features, recipe.sample_shape[0], data.image_column, data.label_column
+    )
 
 
 def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images]) -> Path | None:
@@ -156,6 +168,7 @@ def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images])
         return None
     # A fingerprint of datasets holds each file's path, size and date.
     facts = [extractor.name, extractor.version, channels, PAIRWISE_SAMPLES, *(images.rows._fingerprint for images in splits)]
+    facts += [] if splits[0].label_column else ["no labels"]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return cached_assets_path("scm-distill", "references", extractor.name) / f"{digest[:16]}.safetensors"
 
@@ -191,7 +204,7 @@ def evaluate(batches: Iterable[tuple[Tensor, Tensor | None]], reference: Referen
     Raises:
         ValueError: too few samples, or images whose features are not finite.
     """
-    extracted = [extract(reference.extractor, images, labels) for images, labels in batches]
+    extracted = [extract(reference.extractor, x, y if torch.is_tensor(y) else None) for x, y in batches]
     features = torch.cat([f for f, _ in extracted])
     known = all(h is not None for _, h in extracted)
     scores = reference.score(features, torch.cat([h for _, h in extracted]) if known else None)

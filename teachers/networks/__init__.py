@@ -7,6 +7,7 @@ from torch import nn
 
 from teachers.networks.dhariwal_unet import DhariwalUNet
 from teachers.networks.diffusers_networks import DiffusersDiT, DiffusersUNet2D
+from teachers.networks.diffusers_text import DiffusersText
 from teachers.networks.edm2_unet import EDM2UNet
 from teachers.networks.lightning_dit import LightningDiT
 from teachers.networks.openai_unet import OpenAIUNet
@@ -16,8 +17,11 @@ from teachers.networks.trigflow_time import use_trigflow_time
 
 NETWORKS: dict[str, type[nn.Module]] = {
     cls.__name__: cls
-    for cls in (SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT, OpenAIUNet, DiffusersUNet2D, DiffusersDiT)
-}
+    for cls in (
+        SongUNet, DhariwalUNet, EDM2UNet, SiT, LightningDiT, OpenAIUNet, DiffusersUNet2D, DiffusersDiT, DiffusersText,
+    )
+}  # fmt: skip
+OURS = frozenset(NETWORKS.values())  # the rest are users' own, by teachers.register
 
 
 def build(name: str, config: dict) -> nn.Module:
@@ -30,7 +34,8 @@ def build(name: str, config: dict) -> nn.Module:
         ValueError: an unknown network, or an argument it does not take or cannot use; one sentence.
     """
     if name not in NETWORKS:
-        raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}")
+        hint = "a class of your own is known once the module that registers it (teachers.register) is imported"
+        raise ValueError(f"network is {name!r}; allowed: {', '.join(NETWORKS)}; {hint}")
     if not isinstance(config, dict):
         raise ValueError(f"{name} needs a mapping of constructor arguments, got {config!r}")
     own = {key: value for key, value in config.items() if key != "trigflow_time"}
@@ -39,7 +44,7 @@ def build(name: str, config: dict) -> nn.Module:
         if key not in arguments:
             raise ValueError(f"{name} has no argument {key!r}; it takes: {', '.join(arguments)}")
         wanted, fits = kind_of(arguments[key])
-        if not fits(own[key]):
+        if NETWORKS[name] in OURS and not fits(own[key]):
             raise ValueError(f"{name}: {key} must be {wanted}, got {own[key]!r}")
     try:
         network = NETWORKS[name](**own)
@@ -68,7 +73,7 @@ KINDS: dict[type, tuple[str, Callable]] = {
 
 
 def kind_of(argument: inspect.Parameter) -> tuple[str, Callable]:
-    """What a constructor's argument may be: a value of its default's type, or ``None``; one without a default is a size."""
+    """What an argument of our own networks may be: a value of its default's type, or ``None``; one without a default is a size."""
     if argument.annotation is dict:
         return "a mapping", lambda value: isinstance(value, dict)
     if argument.default is argument.empty:
@@ -78,5 +83,12 @@ def kind_of(argument: inspect.Parameter) -> tuple[str, Callable]:
 
 
 def is_registered(network: nn.Module) -> bool:
-    """Whether ``network`` came from :func:`build`, so that it can be saved and built again."""
+    """Whether ``network`` came from :func:`build`, or is of a class that was registered before, so that it can be saved and
+    built again.
+    """
     return type(network) in NETWORKS.values() and hasattr(network, "config")
+
+
+def is_ours(network: nn.Module) -> bool:
+    """Whether this is a network of this package: it takes its time in fp64, and can be built on the meta device."""
+    return type(network) in OURS

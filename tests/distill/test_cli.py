@@ -134,6 +134,7 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--guidance-scale", "2", "--guidance-teacher", "mnist-edm-scm", "--out", "x.png"],
          "'mnist-edm-scm' is a student"),
         (["evaluate", "mnist-edm-scm", "--guidance-scale", "2", "--guidance-teacher", "mnist-flow"], "for a teacher"),
+        (["evaluate", "mnist-edm-scm", "--num", "60", "--solver", "dpmpp_2m"], "a student solves no ODE"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
         (["evaluate", "mnist-edm", "--num", "60", "--data", "no-such/mnist"], "data source 'no-such/mnist' does not exist"),
         (["evaluate", "mnist-edm", "--num", "60", "--data", "hf://no-such/mnist"], "'hf://no-such/mnist' does not exist"),

@@ -118,13 +118,14 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
     _, values = world
     trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
     before = weights(trainer)
-    original = trainer.objective.__class__.__call__
+    objective = trainer.objectives[0][0]
+    original = objective.__class__.__call__
 
     def broken(self, *args):
         result = original(self, *args)
         return result._replace(loss=result.loss * float("nan"))
 
-    trainer.objective.__class__ = type("Broken", (trainer.objective.__class__,), {"__call__": broken})
+    objective.__class__ = type("Broken", (objective.__class__,), {"__call__": broken})
     with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
@@ -300,8 +301,38 @@ def test_a_foreign_network_is_distilled_in_memory(world, capsys):
     run = folder / "run"
     assert load_file(run / "student/model.safetensors").keys() == Foreign().state_dict().keys()
     assert not (run / "pipeline").exists() and not (run / "student/config.json").exists()
-    with pytest.raises(ValueError, match="Foreign was not made by"):
+    assert "warning: no pipeline will be written: Foreign is not registered and cannot be" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Foreign is not registered and cannot be saved as a model folder or exported"):
         model.export(folder / "pipeline")
+
+
+class Known(Foreign):
+    """Registered in a test; its constructor's argument only makes it a network to be built again."""
+
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x, time):
+        return super().forward(x, time) + self.slope * x
+
+
+def test_a_registered_network_is_distilled_saved_resumed_and_exported(world, registry, capsys):
+    folder, values = world
+    teachers.register(Known)
+    torch.manual_seed(0)
+    teachers.save_pretrained(teachers.wrap(Known(slope=0.5), teachers.EDM, 0.5, (1, 8, 8)), folder / "known", "teacher")
+    own = {"teacher": str(folder / "known"), "num_classes": None, "dropout": 0.0}
+    small = {"features": "pixels", "num_samples": 50, "teacher_steps": 0, "validation_samples": 0}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, **own, "evaluation": small}))
+    model = distill.from_pretrained(folder / "known").train(path, max_train_steps=2)
+    assert "no pipeline" not in capsys.readouterr().out and model.network.native.config == {"slope": 0.5}
+    images = model.sample(3, 2)
+    for place in ("run", "run/pipeline"):
+        assert torch.equal(distill.from_pretrained(folder / place).sample(3, 2), images)
+    again = run({**values, **own}, max_train_steps=4, resume_from_checkpoint="latest")
+    assert again.step == 4 and "resumed from" in capsys.readouterr().out
 
 
 class Rounded(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import TextNetwork
 from torch import nn
 
 import teachers
@@ -11,25 +12,6 @@ from distill.sampling import generate
 from teachers.condition import Embeddings, join, replace_rows
 
 WIDTH, TOKENS = 5, 3
-
-
-class TextNetwork(nn.Module):
-    """A tiny network of texts: the mean token, the pooled embedding and the time shift the sample."""
-
-    text_condition = {
-        "encoder_hidden_states": (TOKENS, WIDTH), "encoder_attention_mask": (TOKENS,), "pooled_projections": (2,),
-    }  # fmt: skip
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.text, self.pooled, self.mix = nn.Linear(WIDTH, 4), nn.Linear(2, 4), nn.Linear(4, 4)
-
-    def forward(self, x, time, text):
-        mask = text["encoder_attention_mask"].to(x.dtype)[..., None]
-        mean = (text["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
-        shift = self.text(mean) + self.pooled(text["pooled_projections"]) + time.to(x.dtype)[:, None]
-        return self.mix(x.flatten(1) + torch.tanh(shift)).view_as(x)
 
 
 def prompts(num, seed=1, tokens=TOKENS):
@@ -43,7 +25,8 @@ def prompts(num, seed=1, tokens=TOKENS):
 
 @pytest.fixture
 def teacher():
-    wrapped = teachers.wrap(TextNetwork(), teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
+    network = TextNetwork(4, TOKENS, WIDTH, 2, mask=True)
+    wrapped = teachers.wrap(network, teachers.RECTIFIED_FLOW, sigma_data=0.5, sample_shape=(1, 2, 2))
     return wrapped.twin(null_prompt=prompts(1, seed=9))
 
 
@@ -120,6 +103,38 @@ def test_distillation_learns_from_prompts(teacher):
     assert student.native.text.weight.grad.abs().sum() > 0 and losses[0] != losses[1]
 
 
+class ScaledTextNetwork(TextNetwork):
+    """With a guidance input."""
+
+    guidance_embedding = True
+
+    def forward(self, x, time, text, guidance=None):
+        return super().forward(x, time, text) * (1.0 if guidance is None else 1 + guidance.view(-1, 1, 1, 1) / 10)
+
+
+def test_segments_over_a_range_of_guidance(teacher):
+    segments = {"segments": {"below": 0.9, "solver_steps": 2}, "target_half_life_images": 30.0}
+    values = recipe("distillation", guidance_scale=[1.0, 4.0], **segments)
+    objective = Consistency(values, teacher.guided_by(1.0))
+    network = ScaledTextNetwork(4, TOKENS, WIDTH, 2, mask=True)
+    student = teacher.twin(native=network)
+    x0, some, generator = torch.randn(16, 1, 2, 2), prompts(16), torch.Generator().manual_seed(0)
+    batch = objective.noisy_batch(x0, some, generator)
+    on_segment = values.segments.covers(batch.t, 0.5)
+    assert on_segment.any() and not on_segment.all() and 1 <= batch.guidance.min() < batch.guidance.max() <= 4
+    target, g = objective.segment_targets(student, batch, on_segment, 5, torch.Generator().manual_seed(1))
+    # Each row by itself, with its own prompt and its own scale, is what it is in the batch.
+    length = values.segments.max_length * torch.rand(16, generator=torch.Generator().manual_seed(1)).clamp(min=1e-3)
+    for i in range(16):
+        rows = batch.rows(torch.arange(16) == i)
+        if on_segment[i]:
+            alone = objective.segment_end(student, rows.x_t, rows.t, length[i : i + 1], rows.labels, rows.guidance)
+        else:
+            alone, g_alone = objective.tangent(student, rows, 5, None)
+            torch.testing.assert_close(g[i : i + 1], g_alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(target[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_dropped_prompts_become_the_null_prompt(teacher):
     rows = torch.tensor([True, False, True, False])
     dropped = teacher.drop_condition(prompts(4), rows)
@@ -133,7 +148,7 @@ def test_dropped_prompts_become_the_null_prompt(teacher):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.tensor([1, 2]), "takes text embeddings encoder_hidden_states, encoder_attention_mask, pooled_projections"),
+        (torch.tensor([1, 2]), "takes text embeddings encoder_hidden_states, pooled_projections, encoder_attention_mask"),
         (Embeddings({"encoder_hidden_states": torch.zeros(2, 3, WIDTH)}), "takes text embeddings of shapes"),
         (prompts(2).tensors | {"pooled_projections": torch.zeros(2, 3)}, "takes text embeddings of shapes"),
     ],

@@ -16,7 +16,8 @@ siblings, name = (getattr(sys.modules["teachers.probe"], key) for key in ("sibli
 SD = 0.9  # about that of the mixture
 EXACT = [
     teachers.EDM, teachers.EDM_DENOISER, teachers.TRIGFLOW, teachers.VP_EPS, teachers.VP_V, teachers.VP_X0,
-    Parameterization("vp", "eps", "t"), Parameterization("vp", "v", "t"), teachers.RECTIFIED_FLOW, teachers.SIT,
+    Parameterization("vp", "eps", "t"), Parameterization("vp", "v", "t"), Parameterization("vp", "score", "-2log(alpha)"),
+    Parameterization("vp", "score", "log_snr"), teachers.RECTIFIED_FLOW, teachers.SIT,
     Parameterization("flow", "velocity", "1-s"), Parameterization("flow", "-velocity", "s"),
     Parameterization("flow", "velocity", "s", time_scale=1000.0),
 ]  # fmt: skip
