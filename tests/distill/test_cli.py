@@ -105,7 +105,8 @@ def test_evaluate(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["teachers", "inspect"], ["teachers", "list"]],
+    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["precompute", "prompts"], ["teachers", "inspect"],
+     ["teachers", "list"]],
 )
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -174,7 +175,10 @@ def test_recipe_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-ELSEWHERE = {"cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s"}
+ELSEWHERE = {
+    "cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s",
+    "sd3.yaml": "stable-diffusion-3-medium",
+}  # fmt: skip
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 

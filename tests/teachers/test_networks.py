@@ -218,7 +218,7 @@ def test_sizes_that_do_not_fit_are_one_sentence(make_teacher, kind, size):
 def test_null_class_of_song_unet_is_zeros(make_teacher):
     teacher = make_teacher("SongUNet")
     native, x, time = teacher.native, torch.randn(2, 1, 8, 8), torch.zeros(2)
-    torch.testing.assert_close(teacher.native_labels(torch.tensor([2, 3]), 2, "cpu"), torch.eye(4)[[2, 3], :3])
+    torch.testing.assert_close(teacher.native_condition(torch.tensor([2, 3]), x), torch.eye(4)[[2, 3], :3])
     torch.testing.assert_close(native(x, time), native(x, time, torch.zeros(2, 3)))
     assert (native(x, time) - native(x, time, torch.eye(3)[:2])).abs().max() > 1e-4
 
