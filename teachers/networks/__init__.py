@@ -73,7 +73,7 @@ KINDS: dict[type, tuple[str, Callable]] = {
 
 
 def kind_of(argument: inspect.Parameter) -> tuple[str, Callable]:
-    """What an argument of our own networks may be: a value of its default's type, or ``None``; one without a default is a size."""
+    """What an argument of our own networks may be: of its default's type, or ``None``; one without a default is a size."""
     if argument.annotation is dict:
         return "a mapping", lambda value: isinstance(value, dict)
     if argument.default is argument.empty:
