@@ -84,6 +84,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     tensors = plain_names(state_dict(read_container(path), path), path)
     hint = read_hint(path)
     family = choose_family(tensors, hint.get("family"), path)
+    if family.name == "openai" and "family" not in hint and openai.is_consistency_model(path.name):
+        raise ValueError(
+            f"{path} is by its name one of OpenAI's consistency models: it is distilled already and has no PF-ODE to learn "
+            f'from; if it is an EDM teacher all the same, write {{"family": "openai"}} into {hint_path(path)}'
+        )
     try:
         tensors = family.own(tensors)
         config = family.config(tensors)

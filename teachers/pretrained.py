@@ -77,8 +77,18 @@ def locate(source: str | Path) -> tuple[str, Path]:
             return kind, folder
     raise ValueError(
         f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, a "
-        "pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors"
+        f"pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors{part_of_pipeline(path)}"
     )
+
+
+def part_of_pipeline(path: Path) -> str:
+    """A clause that says what to name in place of a part of a pipeline of diffusers; empty for anything else."""
+    if is_diffusers_folder(path.parent):
+        return f"; it is a part of a pipeline: name its folder {path.parent}, whose scheduler says what the network means"
+    config = path / "config.json"
+    if config.is_file() and "_class_name" in read_json(config):
+        return "; it is a part of a pipeline: name the pipeline's folder, whose scheduler says what the network means"
+    return ""
 
 
 def suggestion(name: str) -> str:
@@ -124,7 +134,8 @@ def load_config(source: str | Path) -> dict:
     except ValueError as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config")
+        part = part_of_pipeline(path.parent) if isinstance(config, dict) else ""
+        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config{part}")
     check_config(config, path)
     # diffusers writes every optional key of an exported network, as null where it is unset.
     return {key: value for key, value in config.items() if value is not None or key == "num_classes"}

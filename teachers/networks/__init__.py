@@ -62,20 +62,21 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# What an argument may be, by the type of its default: in words, and the test.
+# What an argument may be, by its type: in words, and the test.
 KINDS: dict[type, tuple[str, Callable]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("a whole number", lambda value: isinstance(value, int) and is_number(value) and value >= 0),
     float: ("a number", is_number),
     str: ("a word", lambda value: isinstance(value, str)),
+    dict: ("a mapping", lambda value: isinstance(value, dict)),
     tuple: ("a list of numbers", lambda value: isinstance(value, list | tuple) and all(map(is_number, value))),
 }
 
 
 def kind_of(argument: inspect.Parameter) -> tuple[str, Callable]:
-    """What an argument of our own networks may be: of its default's type, or ``None``; one without a default is a size."""
-    if argument.annotation is dict:
-        return "a mapping", lambda value: isinstance(value, dict)
+    """What an argument of our networks may be: of its annotation's type; else of its default's, or ``None``; else a size."""
+    if argument.annotation is not argument.empty:
+        return KINDS[argument.annotation]
     if argument.default is argument.empty:
         return KINDS[int]
     wanted, fits = KINDS.get(type(argument.default), ("", lambda value: True))

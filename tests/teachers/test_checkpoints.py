@@ -387,3 +387,11 @@ def test_an_openai_file_becomes_a_teacher(tmp_path):
     teacher = teachers.load(tmp_path / "edm_cat64_ema.pt")
     assert (teacher.sample_shape, teacher.num_classes, teacher.sigma_data) == ((3, 64, 64), None, 0.5)
     assert all(torch.equal(p, q.float()) for p, q in zip(teacher.native.parameters(), native.parameters(), strict=True))
+    # Consistency models have the same tensors: only their names tell.
+    for name in ("cd_cat256_lpips.pt", "ct_imagenet64.pt"):
+        path = (tmp_path / "edm_cat64_ema.pt").rename(tmp_path / name)
+        with pytest.raises(ValueError, match="it is distilled already and has no PF-ODE"):
+            teachers.load(path)
+        hint(path, family="openai")
+        assert teachers.load(path).sample_shape == (3, 64, 64)
+        path.rename(tmp_path / "edm_cat64_ema.pt")
