@@ -95,6 +95,7 @@ def inspect_teacher(options: argparse.Namespace) -> None:
 
 def convert_teacher(options: argparse.Namespace) -> None:
     """Write a model, such as a released checkpoint, as a folder of safetensors and config.json."""
+    teachers.pretrained.check_model_target(options.out_dir)
     model, config = teachers.load(options.source), teachers.load_config(options.source)
     teachers.pretrained.write_model(options.out_dir, model, config)
     print(f"model folder in {options.out_dir}")

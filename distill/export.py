@@ -33,7 +33,7 @@ from distill.text_pipeline import (
 from teachers import Teacher
 from teachers.diffusers import INDEX, read_json
 from teachers.networks import is_ours
-from teachers.pretrained import PIPELINE_WEIGHTS, model_config
+from teachers.pretrained import PIPELINE_WEIGHTS, check_target, model_config
 
 CODE = f"{CODE_NAME}.py"
 FORMATS = ("scm", "diffusers", "lora")
@@ -104,13 +104,8 @@ def export(
 
 def check_replaceable(folder: Path) -> None:
     """Raise ``ValueError`` unless ``folder`` is absent, empty, or an exported pipeline and nothing else."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another folder")
-    names = sorted(os.listdir(folder)) if folder.exists() else []
-    expected = CONTENTS if CODE in names else marked_contents(folder)
-    foreign = [name for name in names if name not in expected]
-    if foreign:
-        raise ValueError(f"{folder} is not empty and not an exported pipeline: it holds {foreign[0]}; choose another folder")
+    expected = CONTENTS if (folder / CODE).exists() else marked_contents(folder)
+    check_target(folder, expected, "an exported pipeline")
 
 
 def marked_contents(folder: Path) -> set[str]:

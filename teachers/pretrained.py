@@ -4,9 +4,10 @@ safetensors only.
 
 import difflib
 import json
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
-from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers
-from teachers.networks import NETWORKS, OURS, build, is_ours, is_registered
+from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
+from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
@@ -155,7 +156,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network": ("a name", lambda v: isinstance(v, str)),
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
-    "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
+    "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
     "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
@@ -259,6 +260,22 @@ def check_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) ->
              for kind, keys in problems.items() if keys]  # fmt: skip
     if found:
         raise ValueError(f"{where} does not fit {type(network).__name__}: tensors {'; '.join(found)}")
+
+
+def check_target(folder: Path, replaceable: Collection[str], what: str) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, or holds nothing but what may be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another folder")
+    foreign = sorted(set(os.listdir(folder)) - set(replaceable)) if folder.exists() else []
+    if foreign:
+        raise ValueError(f"{folder} is not empty and not {what}: it holds {foreign[0]}; choose another folder")
+
+
+def check_model_target(folder: Path) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, empty, or a model folder of ours and nothing else."""
+    config = folder / "config.json"
+    ours = config.is_file() and read_json(config).get("format") == FORMAT
+    check_target(folder, ("config.json", WEIGHTS) if ours else (), "a model folder")
 
 
 def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> None:

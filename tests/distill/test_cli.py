@@ -77,6 +77,24 @@ def test_export_and_teachers(model, tmp_path, capsys):
     assert "SongUNet" in capsys.readouterr().out
 
 
+def test_a_model_is_converted_to_an_empty_or_an_old_model_folder_only(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert cli.main(["teachers", "convert", model, str(out)]) == 0
+    pipeline = str(tmp_path / "pipeline")
+    assert cli.main(["export", model, pipeline]) == 0
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "bert"}')
+    (out / "notes.txt").write_text("mine")
+    for folder, what in ((pipeline, "README.md"), (tmp_path / "theirs", "config.json"), (out, "notes.txt")):
+        assert cli.main(["teachers", "convert", model, str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"is not empty and not a model folder: it holds {what}; choose another" in error
+    assert cli.main(["teachers", "convert", model, str(out / "notes.txt")]) == 1
+    assert "notes.txt is a file; choose another folder" in capsys.readouterr().err
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == {"model_type": "bert"}
+
+
 def test_evaluate(tmp_path, capsys):
     out = tmp_path / "scores.json"
     assert cli.main(["evaluate", "mnist-edm", "--steps", "2", "--num", "60", "--out", str(out)]) == 0
@@ -87,7 +105,8 @@ def test_evaluate(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["teachers", "inspect"], ["teachers", "list"]],
+    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["precompute", "prompts"], ["teachers", "inspect"],
+     ["teachers", "list"]],
 )
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -156,7 +175,10 @@ def test_recipe_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-ELSEWHERE = {"cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s"}
+ELSEWHERE = {
+    "cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s",
+    "sd3.yaml": "stable-diffusion-3-medium",
+}  # fmt: skip
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 

@@ -247,6 +247,7 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
     (broken / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     assert "supported: AutoencoderKL" in message(data, tmp_path / "out", "--vae", broken)
     assert "must be at least 1" in message(data, tmp_path / "out", "--vae", inputs / "vae", "--batch-size", 0)
+    assert "is not empty and not a folder of latents: it holds broken" in message(data, tmp_path, "--vae", inputs / "vae")
     write_images(tmp_path / "odd.parquet", 7)
     assert "7x7, the autoencoder needs multiples of 2" in message(
         tmp_path / "odd.parquet", tmp_path / "out", "--vae", inputs / "vae"

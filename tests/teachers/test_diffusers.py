@@ -13,7 +13,7 @@ from support import DIT, UNET2D
 
 import teachers
 from distill.jvp import check_jvp, probe_jvp
-from teachers.diffusers import read_diffusers, scheduler_convention
+from teachers.diffusers import VP_PREDICTIONS, read_diffusers, scheduler_convention
 from teachers.pretrained import TOLERABLE_SPEED, time_embedding_speed
 from teachers.retrofit import retrofit
 
@@ -140,10 +140,10 @@ def benchmark(monkeypatch):
     return importlib.import_module("diffusers_teachers")
 
 
-@pytest.mark.parametrize("kind, prediction", [("ddpm", "eps"), ("dit", "v")])
+@pytest.mark.parametrize("kind, prediction", [("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("dit", "v_prediction")])
 def test_the_benchmarks_teachers_are_read_and_can_be_retrofitted(benchmark, tmp_path, kind, prediction):
     torch.manual_seed(0)
-    network, scheduler = benchmark.build(kind)
+    network, scheduler = benchmark.build(kind, prediction)
     first = "conv_in.weight" if kind == "ddpm" else "pos_embed.proj.weight"
     before = network.state_dict()[first].clone()
     images, labels = torch.rand(8, 1, 28, 28) * 2 - 1, torch.arange(8)
@@ -152,7 +152,7 @@ def test_the_benchmarks_teachers_are_read_and_can_be_retrofitted(benchmark, tmp_
     teacher = teachers.load(tmp_path)
     assert (teacher.sample_shape, teacher.num_classes) == ((1, 28, 28), 10)
     assert teacher.sigma_data == 0.5  # pixels: the DiT's pipeline names a VAE, but has none
-    assert teacher.parameterization.prediction == prediction
+    assert teacher.parameterization.prediction == VP_PREDICTIONS[prediction]
     after = teacher.native.model.state_dict()[first]
     assert torch.equal(after, network.state_dict()[first]) and not torch.equal(after, before)
     assert time_embedding_speed(teacher) > TOLERABLE_SPEED > time_embedding_speed(retrofit(teacher))

@@ -17,12 +17,15 @@ pytestmark = pytest.mark.usefixtures("registry")
 
 
 class Net(nn.Module):
-    """With everything that a rebuilt network could get wrong: a plain tensor, a table in no file, a frozen parameter."""
+    """With everything that a rebuilt network could get wrong: a plain tensor, a table in no file, a frozen parameter, and a
+    constructor that needs numbers.
+    """
 
     def __init__(self, widths, gain=1.0, *, options=None):
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(1, 1, w, padding="same") for w in widths)
         self.gain, self.options = gain * torch.ones(1), options
+        self.slope = torch.linspace(0, 1, 3)[1].item()
         self.register_buffer("table", torch.arange(4.0), persistent=False)
         self.offset = nn.Parameter(torch.randn(1), requires_grad=False)
         self.times = []
@@ -30,7 +33,7 @@ class Net(nn.Module):
     def forward(self, x, time):
         self.times.append(time.dtype)
         for layer in self.layers:
-            x = layer(x) * self.gain + time.view(-1, 1, 1, 1) * self.table[1] + self.offset
+            x = layer(x) * self.gain + time.view(-1, 1, 1, 1) * self.table[1] * self.slope + self.offset
         return x
 
 
