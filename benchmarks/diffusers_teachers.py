@@ -4,8 +4,9 @@
     python benchmarks/diffusers_teachers.py dit runs/teachers/dit     # DiTTransformer2DModel, DDIMScheduler
 
 Both are class-conditional and predict v: in ten minutes a network of this size learns no epsilon that is good enough at the
-largest noise levels, where an error of 0.04 in it is one of 6 in the image (``--prediction epsilon`` shows it). The training is diffusers' and torch's alone; ``teachers.load`` reads the folders. What students
-of theirs reach is in ``docs/families.md``.
+largest noise levels, where an error of 0.04 in it is one of 6 in the image (``--prediction epsilon`` shows it). The training
+is diffusers' and torch's alone; ``teachers.load`` reads the folders. What students of theirs reach is in
+``docs/families.md``.
 """
 
 import argparse

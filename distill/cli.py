@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -254,6 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     tune_cpu()
     try:
         options.action(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output needs no more of it, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 141  # as a command that SIGPIPE ends
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1

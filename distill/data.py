@@ -201,7 +201,7 @@ class Captioned(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.images[index][0], self.prompts.row(index % len(self))
+        return self.images[index][0], self.prompts.row(index)
 
 
 def captioned(data: Dataset, prompts: Prompts | None, recipe: Recipe) -> Dataset:

@@ -91,10 +91,8 @@ class TextEncoders:
         """One row: the negative prompt as the pipeline guides away from it; an empty one is what it takes for none."""
         if self.encoding.negative is None:
             return self([negative])
-        negative = negative or self.defaults["negative_prompt"]
-        return self.encode(
-            self.encoding.negative, prompt=[""], negative_prompt=negative, do_classifier_free_guidance=True
-        )
+        given = [negative] if negative else self.defaults["negative_prompt"]
+        return self.encode(self.encoding.negative, prompt=[""], negative_prompt=given, do_classifier_free_guidance=True)
 
     @torch.no_grad()
     def encode(self, places: dict[str, int], **arguments) -> dict[str, Tensor]:

@@ -396,7 +396,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     if not e.num_inference_steps or any(not 1 <= n <= MAX_STEPS for n in e.num_inference_steps):
         raise ValueError(f"{where}: evaluation.num_inference_steps must be 1 to {MAX_STEPS}, got {e.num_inference_steps}")
     if recipe.is_diffusion and e.teacher_steps == 0:
-        raise ValueError(f"{where}: evaluation.teacher_steps must be 1 or more: objective {recipe.objective} trains a teacher")
+        raise ValueError(f"{where}: evaluation.teacher_steps must be 1 or more: {recipe.objective} trains a teacher")
     if e.num_samples < MINIMUM_SAMPLES:
         raise ValueError(f"{where}: evaluation.num_samples must be at least {MINIMUM_SAMPLES}, got {e.num_samples}")
     for key in ("validation_samples", "search_samples"):

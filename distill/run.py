@@ -49,7 +49,7 @@ from distill.trainer import (
     load_velocity_teacher,
     ordinary_student,
     save_model,
-    teacher_verdict,
+    teacher_verdicts,
     trained_model,
     uses_derivative,
 )
@@ -215,14 +215,14 @@ def check(recipe: Recipe) -> str:
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
-    teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
+    teacher, velocity_teacher = build_teacher(recipe, pretrained), load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
     prompts = recipe_prompts(recipe)
     data = None if recipe.data.source == "teacher" else stored_data(recipe)
     if data is not None:
         check_sigma_data(data, recipe)
         data = captioned(data, prompts, recipe)
-    verdict = teacher_verdict(recipe, teacher, data) if recipe.needs_velocity else None
+    verdicts = teacher_verdicts(recipe, teacher, velocity_teacher, data)
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
@@ -231,7 +231,8 @@ def check(recipe: Recipe) -> str:
     # once, also where student and teacher share it; the teacher may be another network.
     averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    fixed = [p for p in student.parameters() if not p.requires_grad] + ([] if teacher is None else [*teacher.parameters()])
+    fixed = [p for p in student.parameters() if not p.requires_grad]
+    fixed += [p for network in (teacher, velocity_teacher) if network is not None for p in network.parameters()]
     frozen = sum({id(p): p.numel() for p in fixed}.values())
     state = 4 * (trained * (4 + averages) + frozen)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
@@ -242,8 +243,7 @@ def check(recipe: Recipe) -> str:
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]
-    if verdict is not None:
-        lines.append(f"teacher: {verdict}")
+    lines += verdicts
     if jvp_error is not None:
         lines.append(f"derivative along the PF-ODE: within {jvp_error:.0e} of finite differences")
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))

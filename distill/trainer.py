@@ -121,14 +121,25 @@ def fitted(teacher: Teacher, recipe: Recipe) -> Teacher:
     return teacher.at_sigma_data(recipe.sigma_data).at_sample_shape(recipe.sample_shape)
 
 
-def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
-    """What :func:`teachers.probe` says of a teacher by a few images of ``data``, or by its own samples.
+def teacher_verdicts(
+    recipe: Recipe, teacher: Teacher | None, velocity_teacher: Teacher | None, data: Dataset | None
+) -> list[str]:
+    """What :func:`teachers.probe` says of each network whose velocity is learned from, by a few images of ``data`` or by its
+    own samples.
 
     Raises:
-        ValueError: it denoises under another parameterization than its own.
+        ValueError: one denoises under another parameterization than its own.
     """
-    images = (None, None) if data is None else few_images(data, 8, recipe, device_of(teacher))
-    return probe(teacher, *images)["verdict"]
+    networks = {"teacher" if recipe.needs_velocity else "velocity teacher": velocity_teacher}
+    if recipe.needs_velocity and teacher is not None:
+        networks = {"teacher": teacher, "guidance teacher": teacher.guidance_teacher}
+    verdicts = []
+    for name, network in networks.items():
+        if network is None:
+            continue
+        images, labels = (None, None) if data is None else few_images(data, 8, recipe, device_of(network))
+        verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
+    return verdicts
 
 
 def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Condition | None]:
@@ -242,7 +253,8 @@ def set_dropout(network: nn.Module, p: float) -> None:
     found = False
     for module in network.modules():
         name = "p" if isinstance(module, nn.Dropout) else "dropout"
-        if isinstance(getattr(module, name, None), float):
+        # Not getattr: models of diffusers hand out their config as attributes too, and warn.
+        if isinstance(vars(module).get(name), float):
             setattr(module, name, p)
             found = True
     if p and not found:
@@ -513,12 +525,12 @@ class Trainer:
         return self.student
 
     def probed_data(self) -> Dataset:
-        """The training set; a teacher to distil is probed on it, and before it draws the images itself."""
+        """The training set; the teachers are probed on it, and before one draws the images itself."""
         recipe, cache = self.recipe, self.output_dir / "cache"
         own = recipe.data.source == "teacher"
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
-        if recipe.needs_velocity:
-            self.print(f"teacher: {teacher_verdict(recipe, self.teacher or self.velocity_teacher, data)}")
+        for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
+            self.print(verdict)
         return training_data(recipe, self.teacher, cache, self.prompts) if own else data
 
     def sampler(self, size: int) -> StepSampler:

@@ -4,6 +4,7 @@ safetensors only.
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection
@@ -20,7 +21,7 @@ from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
 from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
-from teachers.networks import NETWORKS, OURS, build, is_ours, is_registered
+from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
@@ -76,8 +77,18 @@ def locate(source: str | Path) -> tuple[str, Path]:
             return kind, folder
     raise ValueError(
         f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, a "
-        "pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors"
+        f"pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors{part_of_pipeline(path)}"
     )
+
+
+def part_of_pipeline(path: Path) -> str:
+    """A clause that says what to name in place of a part of a pipeline of diffusers; empty for anything else."""
+    if is_diffusers_folder(path.parent):
+        return f"; it is a part of a pipeline: name its folder {path.parent}, whose scheduler says what the network means"
+    config = path / "config.json"
+    if config.is_file() and "_class_name" in read_json(config):
+        return "; it is a part of a pipeline: name the pipeline's folder, whose scheduler says what the network means"
+    return ""
 
 
 def suggestion(name: str) -> str:
@@ -123,7 +134,8 @@ def load_config(source: str | Path) -> dict:
     except ValueError as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config")
+        part = part_of_pipeline(path.parent) if isinstance(config, dict) else ""
+        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config{part}")
     check_config(config, path)
     # diffusers writes every optional key of an exported network, as null where it is unset.
     return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
@@ -155,7 +167,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network": ("a name", lambda v: isinstance(v, str)),
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
-    "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
+    "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
     "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),

@@ -1,6 +1,7 @@
 """Our own definitions of the networks that released checkpoints use."""
 
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 
@@ -42,14 +43,44 @@ def build(name: str, config: dict) -> nn.Module:
     for key in own:
         if key not in arguments:
             raise ValueError(f"{name} has no argument {key!r}; it takes: {', '.join(arguments)}")
+        wanted, fits = kind_of(arguments[key])
+        if NETWORKS[name] in OURS and not fits(own[key]):
+            raise ValueError(f"{name}: {key} must be {wanted}, got {own[key]!r}")
     try:
         network = NETWORKS[name](**own)
         if config.get("trigflow_time"):
             use_trigflow_time(network)
+    except ZeroDivisionError as error:
+        raise ValueError(f"{name} cannot be built from its config: an argument is 0 that must not be") from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{name} cannot be built from its config: {str(error).splitlines()[0]}") from error
     network.config = dict(config)
     return network
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What an argument may be, by its type: in words, and the test.
+KINDS: dict[type, tuple[str, Callable]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, int) and is_number(value) and value >= 0),
+    float: ("a number", is_number),
+    str: ("a word", lambda value: isinstance(value, str)),
+    dict: ("a mapping", lambda value: isinstance(value, dict)),
+    tuple: ("a list of numbers", lambda value: isinstance(value, list | tuple) and all(map(is_number, value))),
+}
+
+
+def kind_of(argument: inspect.Parameter) -> tuple[str, Callable]:
+    """What an argument of our networks may be: of its annotation's type; else of its default's, or ``None``; else a size."""
+    if argument.annotation is not argument.empty:
+        return KINDS[argument.annotation]
+    if argument.default is argument.empty:
+        return KINDS[int]
+    wanted, fits = KINDS.get(type(argument.default), ("", lambda value: True))
+    return wanted, lambda value: value is None or fits(value)
 
 
 def is_registered(network: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """The commands as a user types them, and the errors they print."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def test_a_teacher_is_sampled_with_a_guidance_teacher(tmp_path):
     assert np.array_equal(arrays[2], expected)
     assert not any(np.array_equal(arrays[i], arrays[j]) for i, j in ((0, 1), (1, 2), (0, 2)))
     assert teacher.network.guidance_teacher is None
+
+
+def test_numbers_of_samples_and_steps_are_whole(model):
+    for wrong in ({"num": 2.5}, {"num": "2"}, {"num_inference_steps": 1.5}, {"batch_size": 2.0}, {"seed": None}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer, got"):
+            distill.from_pretrained(model).sample(**{"num": 2, **wrong})
+    assert len(distill.from_pretrained(model).sample(np.int64(2))) == 2
 
 
 def test_sample_arrays(model, tmp_path):
@@ -105,7 +113,8 @@ def test_evaluate(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["teachers", "inspect"], ["teachers", "list"]],
+    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["precompute", "prompts"], ["teachers", "inspect"],
+     ["teachers", "list"]],
 )
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -174,7 +183,10 @@ def test_recipe_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
-ELSEWHERE = {"cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s"}
+ELSEWHERE = {
+    "cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s",
+    "sd3.yaml": "stable-diffusion-3-medium",
+}  # fmt: skip
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -215,11 +227,31 @@ def test_a_teacher_under_a_wrong_convention_is_refused_before_training(mistaken,
     assert "network: SiT" in captured.out and "under RECTIFIED_FLOW it is 0." in captured.err
 
 
+def test_so_are_those_that_give_guidance_or_a_velocity(mistaken, capsys):
+    velocity = ["teachers/mnist-edm.yaml", "network=null", "teacher=mnist-edm", "stable_targets=false"]
+    for arguments in (
+        [*velocity, f"velocity_teacher={mistaken}"], ["mnist.yaml", "guidance_scale=2", f"guidance_teacher={mistaken}"],
+    ):  # fmt: skip
+        assert run.main([*arguments, "--check"]) == 1
+        assert "mistaken denoises badly under its parameterization" in capsys.readouterr().err
+        assert run.main([argument.replace(mistaken, "mnist-flow") for argument in arguments] + ["--check"]) == 0
+        assert f"{arguments[-1].split('_')[0]} teacher: its parameterization fits" in capsys.readouterr().out
+
+
 def test_inspect_tells_whether_a_teacher_denoises(model, capsys):
     assert cli.main(["teachers", "inspect", "mnist-flow"]) == 0
     assert "probe: its parameterization fits: denoising error 0." in capsys.readouterr().out
     assert cli.main(["teachers", "inspect", model]) == 0  # a student
     assert "probe" not in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_is_no_error(capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["teachers", "list"]) == 141
+    assert not capfd.readouterr().err
 
 
 def test_activations_are_counted(make_teacher):

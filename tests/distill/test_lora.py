@@ -84,6 +84,31 @@ def test_all_but_the_adapters_is_the_teachers_own():
     assert all(p.requires_grad for p in ordinary.parameters())
 
 
+class Foreign(torch.nn.Module):
+    """A network that is not one of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.outer = torch.nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x, time):
+        return self.outer(torch.tanh(self.inner(x) + time.view(-1, 1, 1, 1)))
+
+
+def test_a_network_in_memory_takes_adapters_too():
+    torch.manual_seed(0)
+    teacher = teachers.wrap(Foreign(), teachers.RECTIFIED_FLOW, 0.5, (1, 8, 8)).requires_grad_(False)
+    student = student_of(teacher, target_modules=["inner"])
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.4, 1.2])
+    ordinary = merged(student)
+    torch.testing.assert_close(ordinary(x, t), student(x, t), rtol=0, atol=1e-5)
+    assert (student(x, t) - teacher(x, t)).abs().max() > 1e-3
+    assert ordinary.native.state_dict().keys() == teacher.native.state_dict().keys()
+    assert all(p.requires_grad for p in ordinary.parameters())
+    assert check_jvp(student) < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["DiT", "SiT"])
 def test_the_derivative_is_exact(kind, make_teacher):
     teacher, targets = teacher_and_targets(kind, make_teacher)
@@ -172,7 +197,7 @@ def test_check_counts_what_is_trained(folder):
 @pytest.mark.parametrize(
     "lora, message",
     [
-        ({"target_modules": ["to_q", "to_z"]}, "lora.target_modules: DiffusersDiT has no module 'to_z'; its linear"),
+        ({"target_modules": ["to_q", "to_z"]}, "lora.target_modules: DiffusersDiT has no module .to_z.; its linear"),
         ({"target_modules": ["attn1"]}, "lora.target_modules: attn1 of DiffusersDiT are not all linear or conv"),
         ({"target_modules": []}, "lora.target_modules must name at least one module"),
         ({"rank": 0}, "lora needs a rank of at least 1"),

@@ -59,8 +59,8 @@ def prompts(pipeline, tmp_path_factory) -> Path:
 # ---- what each pipeline gives its network -----------------------------------------------------------------------------
 
 
-def given_to_the_network(pipe, prompt: str) -> dict[str, list[torch.Tensor]]:
-    """Every row of every tensor by name that the pipeline's network is called with, guided, in one step."""
+def given_to_the_network(pipe, prompt: str, negative: str) -> dict[str, list[torch.Tensor]]:
+    """Every row of every tensor by name that the pipeline's network is called with in one guided step."""
     rows = {}
 
     def record(module, args, kwargs):
@@ -72,7 +72,8 @@ def given_to_the_network(pipe, prompt: str) -> dict[str, list[torch.Tensor]]:
     hook = network.register_forward_pre_hook(record, with_kwargs=True)
     takes = inspect.signature(pipe.__call__).parameters
     options = {name: value for name, value in {"num_frames": 1, "use_resolution_binning": False}.items() if name in takes}
-    options |= {"true_cfg_scale": 3.0, "negative_prompt": " "} if "true_cfg_scale" in takes else {"guidance_scale": 3.0}
+    options |= {"true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale": 3.0}
+    options |= {"negative_prompt": negative} if negative else {}
     pipe.set_progress_bar_config(disable=True)
     pipe(prompt=prompt, num_inference_steps=1, output_type="latent", height=64, width=64, **options)
     hook.remove()
@@ -92,18 +93,18 @@ def is_among(row: torch.Tensor, rows: list[torch.Tensor]) -> bool:
 def test_embeddings_are_what_the_pipeline_gives_its_network(build, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path)
-    rows = given_to_the_network(pipe, "a cat sat")
     encoders = TextEncoders(tmp_path)
-    negative = " " if encoders.encoding.negative is None else ""
-    some, null = encoders(["a dog", "a cat sat"]), encoders.null_prompt(negative)
-    assert some.keys() == null.keys() and "encoder_hidden_states" in some
-    for name, tensor in some.items():
-        if name == "encoder_hidden_states_mask" and name not in rows:
-            continue  # Qwen's is left out when nothing is masked
-        assert is_among(tensor[1], rows[name]) and is_among(null[name][0], rows[name]), name
-        assert name.endswith("mask") or not is_among(tensor[0], rows[name])
-    assert not torch.allclose(some["encoder_hidden_states"][1], null["encoder_hidden_states"][0], atol=1e-4)
-    assert all(len(tensor) == 2 and tensor.shape[1:] == null[name].shape[1:] for name, tensor in some.items())
+    some = encoders(["a dog", "a cat sat"])
+    for negative in ("blur", "") if encoders.encoding.negative else ("blur",):  # Flux and Qwen have no prompt for none
+        rows, null = given_to_the_network(pipe, "a cat sat", negative), encoders.null_prompt(negative)
+        assert some.keys() == null.keys() and "encoder_hidden_states" in some
+        for name, tensor in some.items():
+            if name == "encoder_hidden_states_mask" and name not in rows:
+                continue  # Qwen's is left out when nothing is masked
+            assert is_among(tensor[1], rows[name]) and is_among(null[name][0], rows[name]), name
+            assert name.endswith("mask") or not is_among(tensor[0], rows[name])
+            assert len(tensor) == 2 and tensor.shape[1:] == null[name].shape[1:]
+        assert not torch.allclose(some["encoder_hidden_states"][1], null["encoder_hidden_states"][0], atol=1e-4)
 
 
 def test_rows_of_a_batch_are_padded_alike(tmp_path):

@@ -91,7 +91,7 @@ def test_an_unquoted_no_is_the_word():
         ({"evaluation": {"num_inference_steps": [0]}}, "must be 1 to 8, got .0."),
         ({"evaluation": {"num_inference_steps": [9]}}, "must be 1 to 8, got .9."),
         ({"evaluation": {"num_samples": 10}}, "evaluation.num_samples must be at least 50, got 10"),
-        ({"objective": "retrofit", "evaluation": {"teacher_steps": 0}}, "1 or more: objective retrofit trains a teacher"),
+        ({"objective": "retrofit", "evaluation": {"teacher_steps": 0}}, "1 or more: retrofit trains a teacher"),
         ({"evaluation": {"search_samples": 10}}, "evaluation.search_samples must be 0 or at least 50, got 10"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
         ({"tangent": {"warmup_steps": -1}}, "tangent.warmup_steps must be 0 or more, got -1"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
+from support import UNET2D
 
 import distill
 import teachers
@@ -26,7 +28,7 @@ from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
 from distill.recipe import parse_recipe, to_dict
 from distill.run import check, main
-from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, trained_model
+from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, set_dropout, trained_model
 
 
 @pytest.fixture
@@ -609,6 +611,15 @@ def test_a_teacher_gets_a_smooth_time_and_a_student_starts_from_it(world, capfd)
         run(smooth, network={"name": "SiT", "parameterization": "SIT", "config": {}})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(values, student=str(folder / "nowhere"))
+
+
+def test_dropout_of_a_network_of_diffusers_is_set_without_a_warning():
+    network = teachers.networks.build("DiffusersUNet2D", {"config": {**UNET2D, "dropout": 0.3}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_dropout(network, 0.2)
+    layers = [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    assert layers and set(layers) == {0.2}
 
 
 def test_label_dropout_needs_a_null_class(world, make_teacher):

@@ -126,6 +126,16 @@ def test_a_time_embedding_that_cannot_be_differentiated_is_refused(tmp_path):
         teachers.load(tmp_path)
 
 
+def test_a_part_of_a_pipeline_is_not_a_teacher(tmp_path):
+    ddpm_pipeline(tmp_path / "ddpm")
+    for part in ("unet", "unet/diffusion_pytorch_model.safetensors", "unet/config.json", "scheduler"):
+        with pytest.raises(ValueError, match="it is a part of a pipeline: name its folder .*ddpm, whose scheduler"):
+            teachers.load(tmp_path / "ddpm" / part)
+    (tmp_path / "ddpm" / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="part of a pipeline: name the pipeline's folder, whose scheduler"):
+        teachers.load(tmp_path / "ddpm" / "unet")
+
+
 def test_a_damaged_pipeline_is_one_sentence(tmp_path):
     ddpm_pipeline(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import teachers
 from distill.jvp import check_jvp, probe_jvp
 from distill.recipe import parse_recipe
-from distill.trainer import load_pretrained
+from distill.trainer import check_fits, fitted
 from teachers.condition import Embeddings
 from teachers.diffusers import read_diffusers
 from teachers.networks import build
@@ -134,7 +134,7 @@ def saved(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         pipe, network = pipeline(name)
         pipe.save_pretrained(folder)
-        teacher = teachers.load(folder)
+        teacher = teachers.load(folder).at_sigma_data(1.0)
         return pipe, network, folder, teacher.twin(null_prompt=prompts(teacher, 1))
 
     return make
@@ -224,7 +224,7 @@ def test_the_teacher_is_what_its_pipeline_steps_with(saved, name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_pipeline_is_read_whole(saved, name):
     _, network, folder, teacher = saved(name)
-    assert teacher.sigma_data == 1.0 and teacher.num_classes is None
+    assert teacher.num_classes is None
     state = teacher.native.state_dict()
     assert state.keys() == {f"model.{key}" for key in network.state_dict()}
     assert all(torch.equal(state[f"model.{key}"], value) for key, value in network.state_dict().items())
@@ -324,13 +324,16 @@ def recipe(folder, **changes):
 
 def test_a_recipe_may_ask_for_another_size(saved):
     folder = saved("sana")[2]
-    teacher = load_pretrained(recipe(folder))
+    wanted = recipe(folder)
+    teacher = fitted(teachers.load(folder), wanted)
+    check_fits(teacher, "sana", wanted)
     assert teacher.sample_shape == (4, 16, 8) and teacher.sigma_data == 0.7
     assert teacher(torch.randn(1, 4, 16, 8), torch.ones(1), prompts(teacher, 1)).shape == (1, 4, 16, 8)
-    video = load_pretrained(recipe(saved("wan")[2], sample_shape=[4, 3, 8, 8]))
+    video = fitted(saved("wan")[3], recipe(folder, sample_shape=[4, 3, 8, 8]))
     assert video.sample_shape == (4, 3, 8, 8)
+    other = recipe(folder, sample_shape=[8, 16, 8])
     with pytest.raises(ValueError, match="has sample_shape"):
-        load_pretrained(recipe(folder, sample_shape=[8, 16, 8]))
+        check_fits(fitted(teacher, other), "sana", other)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +361,12 @@ def edited(folder, into, file, changes):
     path = into / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return into
+
+
+def test_latents_have_unit_variance_by_default(saved, tmp_path):
+    """These pipelines were saved without the VAE that a released one names."""
+    folder = edited(saved("sd3")[2], tmp_path / "x", INDEX, {"vae": ["diffusers", "AutoencoderKL"]})
+    assert read_diffusers(folder)[0]["sigma_data"] == 1.0 and read_diffusers(saved("sd3")[2])[0]["sigma_data"] == 0.5
 
 
 @pytest.mark.parametrize(

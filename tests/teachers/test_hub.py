@@ -173,6 +173,7 @@ def test_what_is_not_in_the_cache_is_one_sentence(ddpm, cache, tmp_path, capsys)
     for source, message in {
         "hf://tester/other": "no model 'hf://tester/other': HF_HUB_OFFLINE is set, and not all of it is in ",
         "hf://tester/ddpm@v2": "HF_HUB_OFFLINE is set",
+        "hf://tester/ddpm/unet": "it is a part of a pipeline: name ",
         "hf://tester/ddpm/edm.pkl": "tester/ddpm has no file or folder 'edm.pkl'",
         "hf://tester/text": "is not a scm-distill version 1 model config",
         "hf://tester/nothing": "is not a model: expected",
