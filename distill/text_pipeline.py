@@ -53,7 +53,8 @@ def few_steps(model: Teacher, facts: dict) -> FewSteps:
         raise ValueError(f"this student's time embedding is not its pipeline's (objective retrofit); {INSTEAD}")
     if convention.family != "flow":
         steps = {n: ddpm_steps(model, found) for n, found in times.items()}
-        return FewSteps(lcm_scheduler(model), f"timesteps = {steps}  # by number of steps\n", "timesteps=timesteps[2]")
+        lines = f"{LCM_LINE}timesteps = {steps}  # by number of steps\n"
+        return FewSteps(lcm_scheduler(model), lines, "timesteps=timesteps[2]")
     levels = {n: flow_levels(found, model.sigma_data) for n, found in times.items()}
     if model.native.cls == "SanaTransformer2DModel" and model.accepts_guidance:
         return sprint_steps(model, levels)
@@ -68,6 +69,7 @@ def few_steps(model: Teacher, facts: dict) -> FewSteps:
     return FewSteps(scheduler, lines + NOISE_LINE, arguments)
 
 
+LCM_LINE = "# Sampling starts at noise level 80: ignore a warning that this is not the last step.\n"
 NOISE_LINE = "torch.manual_seed(0)  # the pipeline gives its generator to the first noise only\n"
 
 

@@ -18,7 +18,7 @@ def train_score_network(steps, batch_size=64):
     torch.manual_seed(0)
     images, labels = as_tensors(load_images(DataConfig("mnist"), channels=1))  # in [-1, 1]
     network = MixerScore()
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     for step in range(steps):
@@ -33,20 +33,20 @@ def train_score_network(steps, batch_size=64):
         optimizer.step()
         schedule.step()
         average.update_parameters(network)
-        if step % 100 == 0:
+        if step % 500 == 0:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
     return average.module.eval()
 
 
 if __name__ == "__main__":
-    network = train_score_network(steps=1500)
+    network = train_score_network(steps=4000)
     convention = teachers.Parameterization("vp", "score", "-2log(alpha)")
     teacher = teachers.wrap(network, convention, sigma_data=0.616, sample_shape=(1, 28, 28), num_classes=10)
     teachers.save_pretrained(teacher, "runs/mixer-teacher", role="teacher")
 
     model = distill.from_pretrained(teacher)
     model.train(
-        "recipes/mnist-datafree.yaml", output_dir="runs/mixer", max_train_steps=200, data__num_teacher_samples=2000,
+        "recipes/mnist-datafree.yaml", output_dir="runs/mixer", max_train_steps=300, data__num_teacher_samples=2000,
         evaluation__also=[],
     )
     model.export("runs/mixer-pipeline")
