@@ -1,4 +1,4 @@
-"""The ``distill`` command."""
+"""The ``distill`` command. Each verb imports what it needs: torch and diffusers take seconds."""
 
 import argparse
 import json
@@ -6,17 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
-import teachers
-from distill.cpu import tune_cpu
-
 
 def sample(options: argparse.Namespace) -> None:
     """Samples as a PNG grid or as arrays."""
+    import numpy as np
+
     from distill.model import from_pretrained
     from distill.sampling import cycle_labels
     from distill.visual import save_grid, to_uint8
+    from teachers.pretrained import write_atomically
 
     if options.out.suffix.lower() not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
@@ -37,11 +35,13 @@ def sample(options: argparse.Namespace) -> None:
         latents = model.network.latents and options.vae is None
         arrays = {"latents": samples.cpu().numpy()} if latents else {"images": to_uint8(samples)}
         arrays |= {} if used is None else {"labels": np.asarray(used)}
-        teachers.pretrained.write_atomically(options.out, lambda path: save_npz(path, arrays))
+        write_atomically(options.out, lambda path: save_npz(path, arrays))
     print(f"{options.num} images in {options.out}")
 
 
 def save_npz(path: Path, arrays: dict) -> None:
+    import numpy as np
+
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -55,6 +55,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Metrics of a model, printed and optionally written as JSON."""
     from distill.evaluation import format_table
     from distill.model import DEFAULT_STEPS, from_pretrained
+    from teachers.pretrained import write_atomically
 
     model = from_pretrained(options.source)
     steps = options.steps or DEFAULT_STEPS[model.role]
@@ -65,7 +66,7 @@ def evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
-        teachers.pretrained.write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
+        write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -80,6 +81,8 @@ def export(options: argparse.Namespace) -> None:
 
 def list_teachers(options: argparse.Namespace) -> None:
     """The models that ship with the package; ``inspect`` tells more about any model."""
+    import teachers
+
     for name in teachers.bundled():
         config = teachers.load_config(name)
         print(f"{name:18} {config['role']:8} {config['network']:9} {'x'.join(map(str, config['sample_shape']))}")
@@ -87,6 +90,8 @@ def list_teachers(options: argparse.Namespace) -> None:
 
 def inspect_teacher(options: argparse.Namespace) -> None:
     """What is known of one model and, of a teacher, whether it denoises."""
+    import teachers
+
     facts = teachers.inspect(options.source)
     for key, value in facts.items():
         print(f"{key}: {value}")
@@ -96,6 +101,8 @@ def inspect_teacher(options: argparse.Namespace) -> None:
 
 def convert_teacher(options: argparse.Namespace) -> None:
     """Write a model, such as a released checkpoint, as a folder of safetensors and config.json."""
+    import teachers
+
     teachers.pretrained.check_model_target(options.out_dir)
     model, config = teachers.load(options.source), teachers.load_config(options.source)
     teachers.pretrained.write_model(options.out_dir, model, config)
@@ -252,6 +259,8 @@ def sentence(error: Exception) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = build_parser().parse_args(arguments)
+    from distill.cpu import tune_cpu
+
     tune_cpu()
     try:
         options.action(options)

@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import teachers
-from distill.export import export
 from distill.latents import Decoder
 from distill.prompts import Prompts
 from distill.recipe import load_recipe
@@ -205,6 +204,8 @@ class Model:
         normalization: str | None = None,
     ) -> Path:  # fmt: skip
         """Write a diffusers pipeline folder, or adapters for one; see :func:`distill.export.export`."""
+        from distill.export import export  # diffusers is slow to import, and sampling does not need it
+
         return export(self.network, folder, self.config, format, vae, pipeline, normalization)
 
 

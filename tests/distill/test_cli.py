@@ -245,6 +245,13 @@ def test_inspect_tells_whether_a_teacher_denoises(model, capsys):
     assert "probe" not in capsys.readouterr().out
 
 
+def test_help_imports_nothing_slow():
+    script = "import sys; from distill import cli\ntry: cli.main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "Few-step consistency models" in result.stdout
+    assert not {"torch", "numpy", "diffusers", "datasets", "accelerate", "teachers"} & set(result.stderr.split())
+
+
 def test_a_reader_that_stops_is_no_error(capfd, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
