@@ -1,8 +1,8 @@
 """The code that an exported pipeline carries: modules of this package, and a user's own network with what it is made of."""
 
 import ast
+import importlib
 import inspect
-import sys
 
 from torch import nn
 
@@ -53,7 +53,7 @@ def export_obstacle(native: nn.Module) -> str | None:
 
 def collect(name: str, sources: dict[str, str]) -> None:
     """Add to ``sources`` the modules that ``name`` imports from this package, then ``name``, without those imports."""
-    source = inspect.getsource(sys.modules[name])
+    source = inspect.getsource(importlib.import_module(name))
     lines = source.splitlines(keepends=True)
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in PACKAGES:
