@@ -1,8 +1,6 @@
 """Training data: images that are bundled, on disk, from a hub, or drawn once from the teacher; or cached latents."""
 
-import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from distill.latents import Latents, is_latents_folder
 from distill.prompts import Prompts
 from distill.recipe import DataConfig, Recipe
 from distill.sampling import generate
+from distill.shards import model_hash
 from teachers import Teacher
 from teachers.condition import Condition, Embeddings
 from teachers.pretrained import write_atomically
@@ -324,10 +323,7 @@ def teacher_samples(
     facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, guidance, teacher.metadata()]
     if prompts is not None:
         facts.append(prompts.digest())
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for _, tensor in sorted(teacher.state_dict().items()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    path = cache / f"teacher-samples-{digest.hexdigest()[:16]}.safetensors"
+    path = cache / f"teacher-samples-{model_hash(teacher, facts)[:16]}.safetensors"
     if not path.exists():
         draw_teacher_samples(teacher, recipe, path, prompts)
     with safe_open(path, "pt") as file:

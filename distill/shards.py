@@ -76,9 +76,9 @@ def hash_of(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def model_hash(model: nn.Module, config: dict) -> str:
-    """Of a model's config and its weights, whatever files they came in."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+def model_hash(model: nn.Module, facts) -> str:
+    """Of a model's weights, whatever files they came in, and of plain JSON values beside them, such as its config."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
