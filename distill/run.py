@@ -55,7 +55,7 @@ from distill.trainer import (
 )
 from distill.visual import labelled_grid
 from teachers import Teacher, load_config
-from teachers.networks import is_registered
+from teachers.networks import is_ours, is_registered
 from teachers.pretrained import write_atomically, write_config
 
 
@@ -70,7 +70,8 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
-    obstacle = None if recipe.is_diffusion else export_obstacle(ordinary_student(trainer).native)
+    sure = recipe.is_diffusion or is_ours(trainer.student.native)  # nothing to export, or nothing in its way
+    obstacle = None if sure else export_obstacle(ordinary_student(trainer).native)
     if obstacle is not None:
         trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
