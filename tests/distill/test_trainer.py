@@ -605,7 +605,7 @@ def test_a_teacher_gets_a_smooth_time_and_a_student_starts_from_it(world, capfd)
     assert trained_model(student).network.parameterization.time == "trigflow"
     with pytest.raises(ValueError, match="has a smooth time embedding already"):
         run(smooth, teacher=str(folder / "smooth"))
-    with pytest.raises(ValueError, match="student belongs to objective distillation"):
+    with pytest.raises(ValueError, match="student belongs to objectives distillation and vsd"):
         run(smooth, student=str(folder / "smooth"))
     with pytest.raises(ValueError, match="remove network"):
         run(smooth, network={"name": "SiT", "parameterization": "SIT", "config": {}})
