@@ -25,7 +25,7 @@ demo: setup
 		--num_cpu_threads_per_process $(THREADS) distill/run.py recipes/mnist.yaml
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 lint: setup
 	$(VENV)/bin/ruff check .

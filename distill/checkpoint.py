@@ -53,8 +53,9 @@ def set_aside(output_dir: Path, resumed: Path | None) -> Path | None:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, state: dict, limit: int
-) -> Path:
+    output_dir: Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], state: dict,
+    limit: int,
+) -> Path:  # fmt: skip
     """Write ``checkpoint-{step}`` under a temporary name, rename it, then drop the oldest beyond ``limit``.
 
     Raises:
@@ -67,7 +68,8 @@ def save_checkpoint(
         for name, module in modules.items():
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        for name, optimizer in optimizers.items():
+            torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
         (temporary / "state.json").write_text(json.dumps(state))
         if target.exists():
             shutil.rmtree(target)
@@ -94,8 +96,8 @@ def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
-    """Restore modules and optimizer in place; the saved ``state`` comes back.
+def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """Restore modules and optimizers in place; the saved ``state`` comes back.
 
     Raises:
         ValueError: a file that is missing, broken, or does not fit.
@@ -104,7 +106,8 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizer: torch.
         file = path / f"{name}.safetensors"
         load_tensors(module, read_safetensors(file), str(file))
     try:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
         return json.loads((path / "state.json").read_text())
     except Exception as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to resume from an earlier one") from error

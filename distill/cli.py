@@ -1,21 +1,20 @@
-"""The ``distill`` command."""
+"""The ``distill`` command. Each verb imports what it needs: torch and diffusers take seconds."""
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
-
-import numpy as np
-
-import teachers
-from distill.cpu import tune_cpu
 
 
 def sample(options: argparse.Namespace) -> None:
     """Samples as a PNG grid or as arrays."""
+    import numpy as np
+
     from distill.model import from_pretrained
     from distill.sampling import cycle_labels
     from distill.visual import save_grid, to_uint8
+    from teachers.pretrained import write_atomically
 
     if options.out.suffix.lower() not in (".png", ".npz"):
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
@@ -36,11 +35,13 @@ def sample(options: argparse.Namespace) -> None:
         latents = model.network.latents and options.vae is None
         arrays = {"latents": samples.cpu().numpy()} if latents else {"images": to_uint8(samples)}
         arrays |= {} if used is None else {"labels": np.asarray(used)}
-        teachers.pretrained.write_atomically(options.out, lambda path: save_npz(path, arrays))
+        write_atomically(options.out, lambda path: save_npz(path, arrays))
     print(f"{options.num} images in {options.out}")
 
 
 def save_npz(path: Path, arrays: dict) -> None:
+    import numpy as np
+
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -54,29 +55,34 @@ def evaluate(options: argparse.Namespace) -> None:
     """Metrics of a model, printed and optionally written as JSON."""
     from distill.evaluation import format_table
     from distill.model import DEFAULT_STEPS, from_pretrained
+    from teachers.pretrained import write_atomically
 
     model = from_pretrained(options.source)
     steps = options.steps or DEFAULT_STEPS[model.role]
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
         guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
-        vae=options.vae, normalization=options.normalization, batch_size=options.batch_size,
+        vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} steps": scores}))
     if options.out is not None:
-        teachers.pretrained.write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
+        write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
 
 
 def export(options: argparse.Namespace) -> None:
-    """A diffusers pipeline folder."""
+    """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(options.out_dir, options.format, options.vae)
-    print(f"diffusers pipeline in {folder}")
+    folder = from_pretrained(options.source).export(
+        options.out_dir, options.format, options.vae, options.pipeline, options.normalization
+    )
+    print(f"{'adapters' if options.format == 'lora' else 'diffusers pipeline'} in {folder}")
 
 
 def list_teachers(options: argparse.Namespace) -> None:
     """The models that ship with the package; ``inspect`` tells more about any model."""
+    import teachers
+
     for name in teachers.bundled():
         config = teachers.load_config(name)
         print(f"{name:18} {config['role']:8} {config['network']:9} {'x'.join(map(str, config['sample_shape']))}")
@@ -84,6 +90,8 @@ def list_teachers(options: argparse.Namespace) -> None:
 
 def inspect_teacher(options: argparse.Namespace) -> None:
     """What is known of one model and, of a teacher, whether it denoises."""
+    import teachers
+
     facts = teachers.inspect(options.source)
     for key, value in facts.items():
         print(f"{key}: {value}")
@@ -93,6 +101,9 @@ def inspect_teacher(options: argparse.Namespace) -> None:
 
 def convert_teacher(options: argparse.Namespace) -> None:
     """Write a model, such as a released checkpoint, as a folder of safetensors and config.json."""
+    import teachers
+
+    teachers.pretrained.check_model_target(options.out_dir)
     model, config = teachers.load(options.source), teachers.load_config(options.source)
     teachers.pretrained.write_model(options.out_dir, model, config)
     print(f"model folder in {options.out_dir}")
@@ -138,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_guidance(p)
     add_prompts_and_vae(p)
     p.add_argument("--batch-size", type=int, default=250)
-    p.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+    add_solver(p)
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
     arrays = "a .png grid, or .npz with images (uint8 NHWC), or latents (NCHW), and labels"
     p.add_argument("--out", type=Path, required=True, help=arrays)
@@ -150,15 +161,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_guidance(p)
     add_prompts_and_vae(p)
     p.add_argument("--batch-size", type=int, default=250)
+    add_solver(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
 
-    p = add_verb(verbs, "export", export, "distill export runs/mnist my-pipeline")
+    p = add_verb(verbs, "export", export, "distill export runs/sd3 my-pipeline --format diffusers --pipeline sd3-medium")
     add_source(p)
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    p.add_argument("--format", default="scm", help="scm carries its code; diffusers is one of its own pipelines (scm)")
-    p.add_argument("--vae", type=Path, metavar="FOLDER", help="of a DiTPipeline (that of the teacher's pipeline)")
+    kinds = "scm carries its code; diffusers is one of its own pipelines; lora is the adapters alone (scm)"
+    p.add_argument("--format", default="scm", help=kinds)
+    p.add_argument("--vae", metavar="FOLDER", help="of a student of latents (DiTPipeline: that of the teacher's pipeline)")
+    p.add_argument("--normalization", metavar="NAME", help="of these latents, format scm: edm2, scm, sd or vae (vae)")
+    p.add_argument("--pipeline", metavar="FOLDER", help="of a student of text: its teacher's pipeline (where it was)")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")
@@ -174,7 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = add_verb(nested, "latents", precompute_latents, example)
     p.add_argument("data", metavar="DATA", help="a data source, as data.source of a recipe")
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="becomes data.source of a recipe")
-    p.add_argument("--vae", type=Path, required=True, metavar="FOLDER", help="a diffusers AutoencoderKL on disk")
+    p.add_argument("--vae", required=True, metavar="FOLDER", help="a diffusers AutoencoderKL, or hf://owner/name of one")
     p.add_argument("--normalization", required=True, metavar="NAME", help="edm2, scm, sd, or vae: what its config says")
     p.add_argument("--batch-size", type=int, default=16, help="images encoded at once (16)")
     p.add_argument("--shard-size", type=int, default=4096, help="images a file (4096)")
@@ -207,7 +222,7 @@ def add_verb(verbs, name: str, action, example: str) -> argparse.ArgumentParser:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="bundled name, model folder, run folder or exported pipeline")
+    parser.add_argument("source", metavar="SOURCE", help="bundled name, model, run or pipeline folder, file, or hf://owner/name")
 
 
 def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
@@ -230,6 +245,10 @@ def add_prompts_and_vae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalization", default="vae", metavar="NAME", help=norm)
 
 
+def add_solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+
+
 def sentence(error: Exception) -> str:
     """The message of an error for the command line; one of the operating system with its path in front."""
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -240,9 +259,15 @@ def sentence(error: Exception) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; errors that a user can cause are one sentence on stderr and exit status 1."""
     options = build_parser().parse_args(arguments)
+    from distill.cpu import tune_cpu
+
     tune_cpu()
     try:
         options.action(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output needs no more of it, as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 141  # as a command that SIGPIPE ends
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1

@@ -1,15 +1,17 @@
 """Training data: images that are bundled, on disk, from a hub, or drawn once from the teacher; or cached latents."""
 
-import hashlib
 import io
-import json
 import math
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ from distill.latents import Latents, is_latents_folder
 from distill.prompts import Prompts
 from distill.recipe import DataConfig, Recipe
 from distill.sampling import generate
+from distill.shards import model_hash
 from teachers import Teacher
 from teachers.condition import Condition, Embeddings
 from teachers.pretrained import write_atomically
@@ -52,10 +55,11 @@ class Images(Dataset):
 
 
 def open_rows(source: str, split: str) -> datasets.Dataset:
-    """``source``: ``mnist`` (bundled), a parquet file or folder of them, an image folder, or a hub id.
+    """``source``: ``mnist`` (bundled), a parquet file or folder of them, an image folder, or a hub id (``owner/name``, or
+    ``hf://owner/name``).
 
     Raises:
-        FileNotFoundError: nothing on disk by that name and no hub to ask.
+        FileNotFoundError: nothing on disk by that name, nor on the hub.
         ValueError: it cannot be read as images.
     """
     if source == "mnist":
@@ -67,9 +71,31 @@ def open_rows(source: str, split: str) -> datasets.Dataset:
         return load("parquet", source, data_files=files, split="train")
     if path.is_dir():
         return load("imagefolder", source, data_dir=source, split=split)
-    if path.is_absolute() or source.startswith(".") or source.endswith(".parquet"):
-        raise FileNotFoundError(f"data source {source!r} does not exist; give a parquet file, a folder, or a hub id")
-    return load(source, source, split=split)
+    return load(on_hub(source), source, split=split)
+
+
+def on_hub(source: str) -> str:
+    """The id of a data set on the hub. The hub is asked once: ``datasets`` asks six times before it looks into its cache.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+        ValueError: it is ``teacher``.
+    """
+    if source == "teacher":
+        raise ValueError("data source 'teacher' stands for samples that a distillation draws; here images are needed")
+    name = source.removeprefix("hf://").removeprefix("datasets/")
+    missing = f"data source {source!r} does not exist; give a parquet file, a folder, or a hub id (owner/name)"
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name) or name.endswith(".parquet"):
+        raise FileNotFoundError(missing)
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+        reached = True
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(f"{missing}; on the hub there is none by that name, or not for you") from None
+    except Exception:  # no network, or HF_HUB_OFFLINE: the hub's client raises many kinds
+        reached = False
+    datasets.config.HF_HUB_OFFLINE = not reached
+    return name
 
 
 def has_split(source: str, split: str) -> bool:
@@ -77,16 +103,30 @@ def has_split(source: str, split: str) -> bool:
     path = ASSETS / "mnist" if source == "mnist" else Path(source)
     if path.is_dir():
         return (path / split).is_dir() or any(path.glob(f"{split}*.parquet"))
-    return not path.is_file() and split in datasets.get_dataset_split_names(source)
+    if path.is_file():
+        return False
+    name = on_hub(source)
+    with one_sentence(source, split):
+        return split in datasets.get_dataset_split_names(name)
 
 
 def load(builder: str, source: str, **kwargs) -> datasets.Dataset:
     datasets.disable_progress_bars()
-    try:
+    with one_sentence(source, kwargs["split"]):
         return datasets.load_dataset(builder, **kwargs)
+
+
+@contextmanager
+def one_sentence(source: str, split: str):
+    """Errors of ``datasets`` as a ``FileNotFoundError`` or ``ValueError`` that says which data and why."""
+    try:
+        yield
+    except ConnectionError as error:
+        reason = "it is neither on disk nor in the cache, and the hub cannot be reached"
+        raise FileNotFoundError(f"data source {source!r} does not exist: {reason}") from error
     except Exception as error:  # datasets raises many kinds; the user needs the source and the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"data source {source!r}, split {kwargs.get('split')!r}, cannot be loaded: {reason}") from error
+        raise ValueError(f"data source {source!r}, split {split!r}, cannot be loaded: {reason}") from error
 
 
 def load_images(config: DataConfig, channels: int) -> Images:
@@ -283,10 +323,7 @@ def teacher_samples(
     facts = [config.num_teacher_samples, config.teacher_steps, recipe.seed, guidance, teacher.metadata()]
     if prompts is not None:
         facts.append(prompts.digest())
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for _, tensor in sorted(teacher.state_dict().items()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    path = cache / f"teacher-samples-{digest.hexdigest()[:16]}.safetensors"
+    path = cache / f"teacher-samples-{model_hash(teacher, facts)[:16]}.safetensors"
     if not path.exists():
         draw_teacher_samples(teacher, recipe, path, prompts)
     with safe_open(path, "pt") as file:

@@ -21,7 +21,7 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 class EMA:
-    """A shadow copy of ``network`` that follows it.
+    """A shadow copy of ``network`` that follows it; parameters that are frozen it shares.
 
     Args:
         half_life_images: images after which an old weight's share has halved. It is shortened to a tenth of the
@@ -30,7 +30,8 @@ class EMA:
     """
 
     def __init__(self, network: nn.Module, half_life_images: float | None = None, sigma_rel: float | None = None):
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        shared = {id(p): p for p in network.parameters() if not p.requires_grad}
+        self.network = copy.deepcopy(network, shared).eval().requires_grad_(False)
         self.half_life_images = half_life_images
         self.exponent = None if sigma_rel is None else power_exponent(sigma_rel)
 
@@ -46,12 +47,12 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, images: int, batch: int) -> None:
-        """Fold in the weights of ``network``; buffers and frozen parameters are copied."""
+        """Fold in the weights of ``network``; buffers are copied."""
         averaged, current = [], []
         for old, new in zip(self.tensors(self.network), self.tensors(network), strict=True):
             if isinstance(new, nn.Parameter) and new.requires_grad:
                 averaged.append(old.data), current.append(new.data)
-            else:
+            elif old is not new:
                 old.copy_(new)
         torch._foreach_lerp_(averaged, current, 1 - self.decay(images, batch))
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import teachers
-from distill.export import export
 from distill.latents import Decoder
 from distill.prompts import Prompts
 from distill.recipe import load_recipe
@@ -174,11 +173,12 @@ class Model:
         vae: str | Path | None = None,
         normalization: str = "vae",
         batch_size: int = 250,
+        solver: str = "heun",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, prompts and
-        autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts
+        and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
         follow their prompts is not measured.
 
         Raises:
@@ -195,12 +195,18 @@ class Model:
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
+            solver=solver,
         )  # fmt: skip
         return evaluate(batches, reference)
 
-    def export(self, folder: str | Path, format: str = "scm", vae: str | Path | None = None) -> Path:
-        """Write a diffusers pipeline folder; see :func:`distill.export.export`."""
-        return export(self.network, folder, self.config, format, vae)
+    def export(
+        self, folder: str | Path, format: str = "scm", vae: str | Path | None = None, pipeline: str | Path | None = None,
+        normalization: str | None = None,
+    ) -> Path:  # fmt: skip
+        """Write a diffusers pipeline folder, or adapters for one; see :func:`distill.export.export`."""
+        from distill.export import export  # diffusers is slow to import, and sampling does not need it
+
+        return export(self.network, folder, self.config, format, vae, pipeline, normalization)
 
 
 def has_no_velocity(student: str) -> str:
@@ -222,7 +228,7 @@ def load_guidance_teacher(source: str | Path | Teacher, device: str | torch.devi
 
 
 def from_pretrained(source: str | Path | Teacher) -> Model:
-    """A model by bundled name, model folder, run folder, exported pipeline, or a ``teachers.Teacher``.
+    """A model by whatever :func:`teachers.load` takes: a name, a path, ``hf://owner/name``, or a ``teachers.Teacher``.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`teachers.load`.

@@ -1,18 +1,19 @@
 """A diffusers pipeline for consistency models. Exported folders carry this file and all it needs."""
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SCMScheduler
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin, SCMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
+from distill.normalization import LatentNormalization, decode
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers.base import Teacher
 from teachers.networks import build
 from teachers.parameterization import Parameterization
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -43,13 +44,22 @@ class SCMPipeline(DiffusionPipeline):
     Args:
         network: an :class:`SCMNetwork`.
         scheduler: diffusers' ``SCMScheduler``; with explicit times its step is multistep consistency sampling exactly.
+        vae: of a network of latents: makes images of them.
+        normalization: of these latents: ``image_low``, ``scale`` and ``bias`` of a
+            :class:`distill.normalization.LatentNormalization`.
     """
+
+    _optional_components = ["vae"]
 
     # Not annotated as SCMNetwork: with remote code diffusers runs this module once for the pipeline and once more for
     # the network, so that one class exists twice and its type check would warn on every load.
-    def __init__(self, network: ModelMixin, scheduler: SCMScheduler):
+    def __init__(
+        self, network: ModelMixin, scheduler: SCMScheduler, vae: AutoencoderKL | None = None,
+        normalization: dict | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.register_modules(network=network, scheduler=scheduler)
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        self.register_to_config(normalization=normalization)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SCMPipeline":
@@ -61,7 +71,12 @@ class SCMPipeline(DiffusionPipeline):
         # DiffusionPipeline.from_pretrained would insist on the code in the folder, and so on trust_remote_code.
         network = SCMNetwork.from_pretrained(pretrained_model_name_or_path, subfolder="network", **kwargs)
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        return cls(network, SCMScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub))
+        scheduler = SCMScheduler.from_pretrained(pretrained_model_name_or_path, subfolder="scheduler", **hub)
+        index = cls.load_config(pretrained_model_name_or_path, **hub)
+        if "vae" not in index:
+            return cls(network, scheduler)
+        vae = AutoencoderKL.from_pretrained(pretrained_model_name_or_path, subfolder="vae", **kwargs)
+        return cls(network, scheduler, vae, index["normalization"])
 
     @torch.no_grad()
     def __call__(
@@ -75,7 +90,7 @@ class SCMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ):
-        """Images.
+        """Images, or latents of a network of latents without a ``vae``.
 
         Args:
             batch_size: number of images; by default one per label, or 1.
@@ -87,7 +102,9 @@ class SCMPipeline(DiffusionPipeline):
             generator: on the CPU, where all noise is drawn. One generator seeds every image on its own, so that image
                 ``i`` does not depend on the batch size; a list gives image ``i`` its generator; by default torch's
                 global one is used.
-            output_type: ``pil``, ``np`` ``(N, H, W, C)`` in [0, 1], or ``pt`` ``(N, C, H, W)`` in [0, 1].
+            output_type: ``pil``, ``np`` ``(N, H, W, C)`` in [0, 1], or ``pt`` ``(N, C, H, W)`` in [0, 1]; latents that
+                there is no ``vae`` for come in the last two as they are. ``latent``: ``(N, C, H, W)`` as the network made
+                it, neither decoded nor clamped.
 
         Raises:
             ValueError: an argument that is not allowed, with what is.
@@ -110,7 +127,7 @@ class SCMPipeline(DiffusionPipeline):
             sample, denoised = self.scheduler.step(
                 config.sigma_data * F, t, sample, generator=generators, return_dict=False
             )
-        images = self.postprocess(denoised, output_type)
+        images = denoised if output_type == "latent" else self.finish(denoised, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_output(self, output_type: str) -> None:
@@ -118,7 +135,7 @@ class SCMPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(OUTPUT_TYPES)}")
         channels = self.network.config.sample_shape[0]
-        if output_type == "pil" and channels not in (1, 3):
+        if output_type == "pil" and self.vae is None and (self.network.model.latents or channels not in (1, 3)):
             raise ValueError(f"samples with {channels} channels are no PIL images; use output_type='pt' or 'np'")
         if self.network.dtype != torch.float32:
             raise ValueError(
@@ -186,6 +203,17 @@ class SCMPipeline(DiffusionPipeline):
                 raise ValueError(f"{num} images need {num} generators, got {len(given)}")
             return given
         return [torch.Generator().manual_seed(seed) for seed in sample_seeds(num, generator)]
+
+    def finish(self, samples: Tensor, output_type: str):
+        """Samples as images in the form asked for: decoded if they are latents, which otherwise stay as they are."""
+        if self.vae is not None:
+            own = self.config.normalization
+            constants = LatentNormalization(own["image_low"], own["scale"], own["bias"])
+            # One at a time: each takes far more memory than its latent.
+            samples = torch.cat([decode(self.vae, x, constants) for x in samples.to(self.vae.dtype).split(1)])
+        elif self.network.model.latents:
+            return samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
+        return self.postprocess(samples, output_type)
 
     @staticmethod
     def postprocess(samples: Tensor, output_type: str):

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from distill.data import Images, image_labels, load_images, open_rows
-from distill.latents import LATENTS, LatentNormalization, constants_of, encode, load_vae, normalization
+from distill.latents import LATENTS, constants_of, load_vae
+from distill.normalization import LatentNormalization, encode, normalization
 from distill.prompts import NULL, PROMPTS, TextEncoders
 from distill.recipe import DataConfig
 from distill.shards import add_shard, begin, hash_of, is_missing, model_hash, shard_rows
@@ -21,15 +22,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def precompute_latents(
-    data: DataConfig, folder: str | Path, vae_folder: str | Path, norm_name: str, batch_size: int = 16,
+    data: DataConfig, folder: str | Path, vae_source: str | Path, norm_name: str, batch_size: int = 16,
     shard_size: int = 4096, dtype: str = "float32",
 ) -> bool:  # fmt: skip
     """Encode images to a folder of latents, or finish one that was begun.
 
     Args:
         data: the images, as in a recipe.
-        vae_folder: a diffusers ``AutoencoderKL``: ``config.json`` and weights. Nothing is downloaded.
-        norm_name: one of ``distill.latents.NAMES``.
+        vae_source: a diffusers ``AutoencoderKL``: its folder, its pipeline's, or ``hf://owner/name``.
+        norm_name: one of ``distill.normalization.NAMES``.
 
     Returns:
         Whether there was anything to do.
@@ -39,7 +40,7 @@ def precompute_latents(
     """
     check_sizes(batch_size, shard_size)
     folder = Path(folder)
-    vae = load_vae(Path(vae_folder))
+    vae = load_vae(vae_source)
     norm = normalization(norm_name, vae)
     images = load_images(data, vae.config.in_channels)
     labels = image_labels(images)

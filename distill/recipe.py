@@ -12,7 +12,7 @@ import yaml
 
 from distill.schedule import INTERMEDIATE_TIMES
 
-OBJECTIVES = ("diffusion", "distillation", "training", "retrofit")
+OBJECTIVES = ("diffusion", "distillation", "training", "retrofit", "vsd")
 
 
 @dataclass
@@ -78,6 +78,31 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters, the only part of the student that is trained (:mod:`distill.lora`)."""
+
+    rank: int = 16
+    alpha: float = 16.0  # an adapter's contribution is multiplied by alpha / rank
+    target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # ends of names
+    dropout: float = 0.0  # of the adapters' inputs
+
+
+@dataclass
+class VSDConfig:
+    """Variational score distillation: alone (objective ``vsd``), or added to the consistency loss (``distillation``)."""
+
+    weight: float = 1.0  # of its loss beside the consistency loss
+    weighting: str = "adaptive"  # adaptive (sCM, appendix C) or dmd: over mean |x - D_teacher|
+    p_mean: float = 0.4  # noise at which teacher and fake score are compared: log(sigma_data tan t) ~ N(p_mean, p_std^2)
+    p_std: float = 2.0
+    fake_p_mean: float = -0.8  # noise of the fake score's own training
+    fake_p_std: float = 1.6
+    fake_updates: int = 1  # of the fake score before each of the student; DMD2 has 5
+    fake_learning_rate: float | None = None  # null: that of the student; everything else is as in optimizer
+    steps: int = 1  # in which the student draws the samples that are compared
+
+
+@dataclass
 class EMAConfig:
     """One exponential moving average: exactly one of the two widths."""
 
@@ -102,7 +127,8 @@ class EvaluationConfig:
 class Recipe:
     """One training run. ``docs/recipes.md`` explains every key."""
 
-    objective: str  # diffusion, distillation (sCD), training (sCT) or retrofit (a smooth time embedding for a teacher)
+    # diffusion, distillation (sCD), training (sCT), retrofit (a smooth time embedding for a teacher) or vsd (a baseline)
+    objective: str
     output_dir: str
     sigma_data: float
     max_train_steps: int
@@ -110,7 +136,7 @@ class Recipe:
     sample_shape: list[int]  # [C, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
-    teacher: str | None = None  # bundled name, file or folder that the run starts from
+    teacher: str | None = None  # bundled name, file, folder or hf://owner/name that the run starts from
     network: NetworkConfig | None = None
     seed: int = 0
     # Time proposal: log(sigma_data tan t) ~ N(p_mean, p_std^2).
@@ -129,10 +155,13 @@ class Recipe:
     stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
     velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
     student: str | None = None  # distillation: the network to start from, such as a retrofitted one; null: the teacher's
+    lora: LoRAConfig | None = None  # distillation and training: train adapters of the teacher only; null: all weights
+    qk_norm: bool = False  # retrofit: also normalise the queries and keys of a transformer
     max_velocity_error: float = 0.01  # retrofit: train until the mean squared velocity error, relative to F's, is this low
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
+    vsd: VSDConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: list[EMAConfig] = field(default_factory=lambda: [EMAConfig(half_life_images=500_000)])
     checkpointing_steps: int = 500
@@ -148,7 +177,7 @@ class Recipe:
     @property
     def needs_velocity(self) -> bool:
         """Whether the recipe's ``teacher`` must have a PF-ODE velocity to learn from, as a student has not."""
-        return self.objective in ("distillation", "retrofit")
+        return self.objective in ("distillation", "retrofit", "vsd")
 
     @property
     def is_conditional(self) -> bool:
@@ -315,10 +344,12 @@ def parse_recipe(values: dict, where: str) -> Recipe:
 
 def check_consistency(recipe: Recipe, where: str) -> None:
     """Rules between keys."""
+    if recipe.objective != "retrofit" and recipe.qk_norm:
+        raise ValueError(f"{where}: qk_norm belongs to objective retrofit; remove it")
     if recipe.objective == "retrofit" and recipe.network is not None:
         raise ValueError(f"{where}: objective retrofit changes its teacher's network; remove network")
-    if recipe.objective != "distillation" and recipe.student is not None:
-        raise ValueError(f"{where}: student belongs to objective distillation; remove it")
+    if recipe.objective not in ("distillation", "vsd") and recipe.student is not None:
+        raise ValueError(f"{where}: student belongs to objectives distillation and vsd; remove it")
     if recipe.objective == "diffusion" and (recipe.network is None) == (recipe.teacher is None):
         raise ValueError(
             f"{where}: objective diffusion needs exactly one of network (trained from scratch) and teacher (continued)"
@@ -339,6 +370,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
         raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
     check_targets(recipe, where)
+    check_lora(recipe, where)
+    check_vsd(recipe, where)
     interval = recipe.guidance_interval
     if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
         raise ValueError(f"{where}: guidance_interval must be [low, high], got {interval}")
@@ -362,6 +395,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     e = recipe.evaluation
     if not e.num_inference_steps or any(not 1 <= n <= MAX_STEPS for n in e.num_inference_steps):
         raise ValueError(f"{where}: evaluation.num_inference_steps must be 1 to {MAX_STEPS}, got {e.num_inference_steps}")
+    if recipe.is_diffusion and e.teacher_steps == 0:
+        raise ValueError(f"{where}: evaluation.teacher_steps must be 1 or more: {recipe.objective} trains a teacher")
     if e.num_samples < MINIMUM_SAMPLES:
         raise ValueError(f"{where}: evaluation.num_samples must be at least {MINIMUM_SAMPLES}, got {e.num_samples}")
     for key in ("validation_samples", "search_samples"):
@@ -369,10 +404,23 @@ def check_consistency(recipe: Recipe, where: str) -> None:
             raise ValueError(f"{where}: evaluation.{key} must be 0 or at least {MINIMUM_SAMPLES}, got {getattr(e, key)}")
 
 
+def check_lora(recipe: Recipe, where: str) -> None:
+    """Rules for adapters."""
+    lora = recipe.lora
+    if lora is None:
+        return
+    if recipe.is_diffusion:
+        raise ValueError(f"{where}: lora belongs to the consistency objectives, not to {recipe.objective}; remove it")
+    if lora.rank < 1 or not lora.alpha > 0 or not 0 <= lora.dropout < 1:
+        raise ValueError(f"{where}: lora needs a rank of at least 1, a positive alpha, and a dropout of at least 0, below 1")
+    if not lora.target_modules:
+        raise ValueError(f"{where}: lora.target_modules must name at least one module")
+
+
 def check_targets(recipe: Recipe, where: str) -> None:
     """Rules for segments and for what makes the targets."""
     segments, half_life = recipe.segments, recipe.target_half_life_images
-    if half_life is not None and (half_life <= 0 or recipe.is_diffusion):
+    if half_life is not None and (half_life <= 0 or recipe.is_diffusion or recipe.objective == "vsd"):
         raise ValueError(f"{where}: target_half_life_images must be positive, and belongs to the consistency objectives")
     if segments is None:
         return
@@ -386,6 +434,27 @@ def check_targets(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: segments.below must be from 0 to pi/2 radians, got {segments.below}")
     if not 0 <= segments.everywhere_share <= 1:
         raise ValueError(f"{where}: segments.everywhere_share must be from 0 to 1, got {segments.everywhere_share}")
+
+
+def check_vsd(recipe: Recipe, where: str) -> None:
+    """Rules for the section ``vsd``."""
+    vsd = recipe.vsd
+    if vsd is None:
+        if recipe.objective == "vsd":
+            raise ValueError(f"{where}: objective vsd needs the section vsd (vsd: {{}} for its defaults)")
+        return
+    if recipe.objective not in ("distillation", "vsd"):
+        raise ValueError(f"{where}: vsd belongs to objectives vsd and distillation, which it is added to; remove it")
+    for key in ("weight", "p_std", "fake_p_std", "fake_learning_rate"):
+        value = getattr(vsd, key)
+        if value is not None and value <= 0:
+            raise ValueError(f"{where}: vsd.{key} must be positive, got {value}")
+    if vsd.weighting not in ("adaptive", "dmd"):
+        raise ValueError(f"{where}: vsd.weighting is {vsd.weighting!r}; allowed: adaptive, dmd")
+    if vsd.fake_updates < 1:
+        raise ValueError(f"{where}: vsd.fake_updates must be at least 1, got {vsd.fake_updates}")
+    if not 1 <= vsd.steps <= MAX_STEPS:
+        raise ValueError(f"{where}: vsd.steps must be 1 to {MAX_STEPS}, got {vsd.steps}")
 
 
 def get_dotted(recipe: Recipe, key: str):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
 from distill.cli import sentence
 from distill.cpu import tune_cpu
@@ -32,6 +33,7 @@ from distill.evaluation import (
 )
 from distill.evaluation.features import default_features, load_features
 from distill.jvp import check_jvp
+from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
@@ -45,14 +47,15 @@ from distill.trainer import (
     check_tracker,
     load_pretrained,
     load_velocity_teacher,
+    ordinary_student,
     save_model,
-    teacher_verdict,
+    teacher_verdicts,
     trained_model,
     uses_derivative,
 )
 from distill.visual import labelled_grid
 from teachers import Teacher, load_config
-from teachers.networks import is_registered
+from teachers.networks import is_ours, is_registered
 from teachers.pretrained import write_atomically, write_config
 
 
@@ -67,12 +70,18 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     """
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
+    sure = recipe.is_diffusion or is_ours(trainer.student.native)  # nothing to export, or nothing in its way
+    obstacle = None if sure else export_obstacle(ordinary_student(trainer).native)
+    if obstacle is not None:
+        trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
     model = trained_model(trainer)
     if not trainer.accelerator.is_main_process:
         return model
     folder = trainer.output_dir / "student"
     save_model(model, folder)
+    if recipe.lora is not None and recipe.student is None:  # adapters of the teacher, which its pipeline has
+        write_adapters(folder, trainer.student)
     search_sampling_times(recipe, model, trainer.prompts)
     rows = report(recipe, model, trainer.teacher, trainer.prompts)
     others = tuple(f"{name}, " for name in recipe.evaluation.also)
@@ -80,7 +89,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
     if is_registered(model.network.native):
         write_config(folder, model.config)
-        if model.role == "student":
+        if model.role == "student" and obstacle is None:
             model.export(trainer.output_dir / "pipeline")
             written.append("pipeline/")
     print(f"\nresults in {trainer.output_dir}: {' '.join(written)}")
@@ -207,31 +216,35 @@ def check(recipe: Recipe) -> str:
     check_evaluation(recipe)
     check_tracker(recipe)
     pretrained = load_pretrained(recipe)
-    teacher = build_teacher(recipe, pretrained) or load_velocity_teacher(recipe, pretrained)
+    teacher, velocity_teacher = build_teacher(recipe, pretrained), load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
     prompts = recipe_prompts(recipe)
     data = None if recipe.data.source == "teacher" else stored_data(recipe)
     if data is not None:
         check_sigma_data(data, recipe)
         data = captioned(data, prompts, recipe)
-    verdict = teacher_verdict(recipe, teacher, data) if recipe.needs_velocity else None
+    verdicts = teacher_verdicts(recipe, teacher, velocity_teacher, data)
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments and one more copy for each average; the teacher may be another network.
+    # Weights, gradients, two Adam moments and one more copy for each average of what is trained. What is frozen is there
+    # once, also where student and teacher share it; the teacher may be another network.
     averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
-    frozen = 0 if teacher is None else sum(p.numel() for p in teacher.parameters())
-    state = 4 * (parameters * (4 + averages) + frozen)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    fixed = [p for p in student.parameters() if not p.requires_grad]
+    fixed += [p for network in (teacher, velocity_teacher) if network is not None for p in network.parameters()]
+    frozen = sum({id(p): p.numel() for p in fixed}.values())
+    state = 4 * (trained * (4 + averages) + frozen)
     activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
+    part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
-        f"network: {type(student.native).__name__}, {parameters:,} parameters",
+        f"network: {type(student.native).__name__}, {parameters:,} parameters{part}",
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
     ]
-    if verdict is not None:
-        lines.append(f"teacher: {verdict}")
+    lines += verdicts
     if jvp_error is not None:
         lines.append(f"derivative along the PF-ODE: within {jvp_error:.0e} of finite differences")
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))

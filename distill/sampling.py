@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -280,6 +281,10 @@ def generate(
     Raises:
         ValueError: at once, before anything is drawn: bad numbers, times or labels.
     """
+    numbers = {"num": num, "num_inference_steps": num_inference_steps, "seed": seed, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     if num < 1:
         raise ValueError(f"the number of samples must be at least 1, got {num}")
     if batch_size < 1:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teachers.diffusers import read_json
-from teachers.pretrained import write_atomically
+from teachers.pretrained import check_target, write_atomically
 
 MANIFEST, VERSION = "manifest.json", 1
 # What a manifest says that is not an input of the data.
@@ -76,9 +76,9 @@ def hash_of(values) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def model_hash(model: nn.Module, config: dict) -> str:
-    """Of a model's config and its weights, whatever files they came in."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+def model_hash(model: nn.Module, facts) -> str:
+    """Of a model's weights, whatever files they came in, and of plain JSON values beside them, such as its config."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -97,10 +97,11 @@ def begin(folder: Path, kind: Kind, facts: dict) -> dict:
     """The folder's manifest: a new one with these ``facts``, or that of an earlier run with the same ones.
 
     Raises:
-        ValueError: the folder holds data of other inputs, or of another kind.
+        ValueError: the folder holds data of other inputs, of another kind, or something else.
     """
     facts = {"format": kind.format, "version": VERSION, **facts}
     if not (folder / MANIFEST).is_file():
+        check_target(folder, (), f"a folder of {kind.name}")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {**facts, "shards": {}}
         write_manifest(folder, manifest)

@@ -1,8 +1,9 @@
 """Students as pipelines of diffusers' own classes, which load with neither this package nor code of the folder's.
 
-Three families have one. A network of noise levels by DDPM's steps is stepped by ``LCMScheduler``: with its skip connection
-shrunk to nothing, a step is the consistency function at that noise level followed by new noise. OpenAI's U-Net is stepped by
-``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is the consistency function in EDM's preconditioning.
+Three families have one, besides those of text (:mod:`distill.text_pipeline`). A network of noise levels by DDPM's steps is
+stepped by ``LCMScheduler``: with its skip connection shrunk to nothing, a step is the consistency function at that level
+followed by new noise. OpenAI's U-Net is stepped by ``CMStochasticIterativeScheduler``, which with ``sigma_min`` 0 is the
+consistency function in EDM's preconditioning.
 """
 
 import math
@@ -12,11 +13,11 @@ from pathlib import Path
 import diffusers
 import torch
 
-from distill.precompute import load_vae
+from distill.latents import load_vae, vae_folder
 from distill.schedule import student_times
 from distill.trigflow import max_time
 from distill.unet2d import as_unet2d
-from teachers import Teacher
+from teachers import Teacher, hub
 from teachers.diffusers import BETA_SCHEDULES, INDEX, VP_PREDICTIONS, read_json
 
 STEPS = (1, 2, 4)  # numbers of steps of which the card gives the times
@@ -32,7 +33,8 @@ def standard_pipeline(model: Teacher, facts: dict, vae: str | Path | None) -> tu
     """
     name = type(model.native).__name__
     if name not in PIPELINES:
-        raise ValueError(f"no pipeline of diffusers has a {name}, only {', '.join(PIPELINES)}; {INSTEAD}")
+        have = f"{', '.join(PIPELINES)}, DiffusersText"
+        raise ValueError(f"no pipeline of diffusers has a {name}, only {have}; {INSTEAD}")
     return PIPELINES[name](model, facts, vae)
 
 
@@ -156,19 +158,19 @@ def refuse_vae(vae: str | Path | None) -> None:
 
 
 def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.AutoencoderKL:
-    """The VAE of a folder, which may be a pipeline's, or by default of the teacher's pipeline.
+    """The VAE of a folder, which may be a pipeline's, or by default of the teacher's pipeline; on disk or on the hub.
 
     Raises:
         FileNotFoundError, ValueError: none is there, it is damaged, or of other latents.
     """
     teacher = facts.get("teacher")
-    if vae is None and not (teacher and (Path(teacher) / "vae").is_dir()):
+    source = teacher if vae is None else vae
+    folder = None if source is None else vae_folder(source).resolve()
+    if vae is None and (folder is None or folder.name != "vae"):
         raise ValueError(
             f"DiTPipeline needs the VAE of its latents, and the teacher {teacher!r} is no pipeline folder that has it; name "
             f"its folder (--vae FOLDER) or {INSTEAD}"
         )
-    folder = Path(teacher if vae is None else vae).resolve()
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
     found = load_vae(folder)
     channels, latents = model.sample_shape[0], found.config.latent_channels
     if latents != channels:
@@ -178,6 +180,12 @@ def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.A
 
 def class_names(facts: dict) -> dict:
     """``id2label`` of the teacher's pipeline, by which ``pipe.get_label_ids`` knows classes by name, if it has one."""
-    index = Path(facts.get("teacher") or "") / INDEX
+    teacher = facts.get("teacher")
+    if teacher is None:
+        return {}
+    try:
+        index = (hub.fetch(teacher, [INDEX]) if hub.is_hub(teacher) else Path(teacher)) / INDEX
+    except FileNotFoundError:  # a pipeline that is gone, whose VAE was named apart
+        return {}
     names = read_json(index).get("id2label") if index.is_file() else None
     return {"id2label": names} if names else {}

@@ -1,5 +1,6 @@
 """The training loop: one recipe from start, or from a checkpoint, to a trained network."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -23,9 +24,11 @@ from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
+from distill.lora import adapters, add_adapters, merged, sharing_student
 from distill.model import Model, has_no_velocity, load_guidance_teacher
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
+from distill.objectives.vsd import VSD, FakeScore
 from distill.prompts import Prompts, null_prompt
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.sampling import device_of, generate
@@ -54,7 +57,7 @@ def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
     scale, interval = recipe.guidance_scale, recipe.guidance_interval
     guide = pretrained.guidance_teacher
     if recipe.guidance_teacher is not None:
-        guide = load_guidance_teacher(recipe.guidance_teacher).at_sigma_data(recipe.sigma_data)
+        guide = fitted(load_guidance_teacher(recipe.guidance_teacher), recipe)
     if scale != 1.0 and not pretrained.is_conditional and guide is None:
         raise ValueError(
             f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
@@ -78,7 +81,7 @@ def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | N
         return None
     if given is None:
         return load_fitting(recipe.teacher, recipe, for_velocity=recipe.needs_velocity)
-    given = given.at_sigma_data(recipe.sigma_data)
+    given = fitted(given, recipe)
     check_fits(given, recipe.teacher, recipe)
     return with_null_prompt(given, recipe.teacher, recipe)
 
@@ -103,7 +106,7 @@ def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher
 def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     """Load a pretrained network and check that its samples are those of the recipe and, ``for_velocity``, its role."""
     try:
-        teacher = load(source).at_sigma_data(recipe.sigma_data)
+        teacher = fitted(load(source), recipe)
     except FileNotFoundError as error:
         notes = f" ({recipe.notes})" if recipe.notes else ""
         raise FileNotFoundError(f"the recipe needs {source}{notes}: {error}") from None
@@ -113,14 +116,30 @@ def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
     return with_null_prompt(teacher, source, recipe)
 
 
-def teacher_verdict(recipe: Recipe, teacher: Teacher, data: Dataset | None) -> str:
-    """What :func:`teachers.probe` says of a teacher by a few images of ``data``, or by its own samples.
+def fitted(teacher: Teacher, recipe: Recipe) -> Teacher:
+    """The same network for samples of the recipe's size and ``sigma_data``, where it is free of its own."""
+    return teacher.at_sigma_data(recipe.sigma_data).at_sample_shape(recipe.sample_shape)
+
+
+def teacher_verdicts(
+    recipe: Recipe, teacher: Teacher | None, velocity_teacher: Teacher | None, data: Dataset | None
+) -> list[str]:
+    """What :func:`teachers.probe` says of each network whose velocity is learned from, by a few images of ``data`` or by its
+    own samples.
 
     Raises:
-        ValueError: it denoises under another parameterization than its own.
+        ValueError: one denoises under another parameterization than its own.
     """
-    images = (None, None) if data is None else few_images(data, 8, recipe, device_of(teacher))
-    return probe(teacher, *images)["verdict"]
+    networks = {"teacher" if recipe.needs_velocity else "velocity teacher": velocity_teacher}
+    if recipe.needs_velocity and teacher is not None:
+        networks = {"teacher": teacher, "guidance teacher": teacher.guidance_teacher}
+    verdicts = []
+    for name, network in networks.items():
+        if network is None:
+            continue
+        images, labels = (None, None) if data is None else few_images(data, 8, recipe, device_of(network))
+        verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
+    return verdicts
 
 
 def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Condition | None]:
@@ -175,13 +194,16 @@ def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
     if pretrained is None:
         student = new_network(recipe)
     elif recipe.objective == "retrofit":
-        student = retrofit(pretrained)
+        student = retrofit(pretrained, recipe.qk_norm)
     else:
         start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
-        student = start.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+        ranged = isinstance(recipe.guidance_scale, list)
+        student = start.student(ranged) if recipe.lora is None else sharing_student(start, ranged)
     if recipe.is_diffusion and recipe.label_dropout and student.num_classes is not None:
         student.require_null_class()
     set_dropout(student.native, recipe.dropout)
+    if recipe.lora is not None:  # after the dropout of the layers that they are added to, which is another one
+        add_adapters(student.native, recipe.lora, recipe.seed)
     return student
 
 
@@ -231,7 +253,8 @@ def set_dropout(network: nn.Module, p: float) -> None:
     found = False
     for module in network.modules():
         name = "p" if isinstance(module, nn.Dropout) else "dropout"
-        if isinstance(getattr(module, name, None), float):
+        # Not getattr: models of diffusers hand out their config as attributes too, and warn.
+        if isinstance(vars(module).get(name), float):
             setattr(module, name, p)
             found = True
     if p and not found:
@@ -244,7 +267,8 @@ def uses_derivative(recipe: Recipe) -> bool:
     everywhere = segments is not None and (
         segments.everywhere_share >= 1 or segments.below >= math.pi / 2
     )
-    return not recipe.is_diffusion and recipe.discrete_steps is None and not everywhere
+    consistency = recipe.objective in ("distillation", "training")
+    return consistency and recipe.discrete_steps is None and not everywhere
 
 
 def check_tracker(recipe: Recipe) -> None:
@@ -265,6 +289,14 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     return kinds[config.name](parameters, weight_decay=config.weight_decay, **kwargs)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
+    """Give the optimizer the learning rate of the step after ``step`` steps, which is returned."""
+    value = learning_rate(recipe.optimizer, step, recipe.max_train_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = value
+    return value
+
+
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     """The learning rate of the step after ``step`` steps."""
     warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
@@ -276,9 +308,61 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return config.learning_rate * warmup * decay[config.lr_scheduler]
 
 
-def step_seed(seed: int, step: int, rank: int, part: int) -> int:
+def step_seed(seed: int, step: int, rank: int, *part) -> int:
     """The seed of one process' noise in one step. Nothing is carried over between steps, so resuming is exact."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {part}".encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, step, rank, *part))).encode()).digest()[:7])
+
+
+def prepare(
+    accelerator: Accelerator, network: Teacher, config: OptimizerConfig, objectives: list
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A network and its optimizer made ready by Accelerate, together with what else they train: the weightings of their
+    objectives, which are replaced by prepared ones.
+    """
+    weighted = [objective for objective in objectives if objective.weighting is not None]
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    parameters += [p for objective in weighted for p in objective.weighting.parameters()]
+    optimizer = build_optimizer(config, parameters)
+    network, optimizer, *weightings = accelerator.prepare(network, optimizer, *(o.weighting for o in weighted))
+    for objective, weighting in zip(weighted, weightings, strict=True):
+        objective.weighting = weighting
+    return network, optimizer
+
+
+class FakeNetwork:
+    """The fake score of VSD with its optimizer: a copy of the teacher, unguided, that follows the student's samples."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, pretrained: Teacher):
+        network = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
+        set_dropout(network.native, recipe.dropout)
+        self.objective = FakeScore(recipe)
+        self.prepared, self.optimizer = prepare(accelerator, network, recipe.optimizer, [self.objective])
+        self.network = accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
+        self.network.train(recipe.dropout > 0)
+        own, other = recipe.vsd.fake_learning_rate, recipe.optimizer.learning_rate
+        self.relative_learning_rate = 1.0 if own is None else own / other
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every module whose weights a checkpoint holds, by file name."""
+        weighting = {} if self.objective.weighting is None else {"fake-weighting": self.objective.weighting}
+        return {"fake": self.network.native, **weighting}
+
+
+def build_objectives(recipe: Recipe, teacher: Teacher | None, fake: FakeNetwork | None) -> list[tuple]:
+    """What the student learns by, each with its weight: the recipe's objective, VSD, or both."""
+    vsd = [] if fake is None else [(VSD(recipe, teacher, fake.network), recipe.vsd.weight)]
+    if recipe.objective == "vsd":
+        return [(vsd[0][0], 1.0)]
+    return [(build_objective(recipe, teacher), 1.0), *vsd]
+
+
+def mean_logs(losses: list[Loss], parts: int) -> dict[str, Tensor]:
+    """Means over the parts of a step of what its objectives log, and the sum of their losses."""
+    values = {"loss": torch.stack([loss.loss for loss in losses]).sum() / parts}
+    for loss in losses:
+        for key, value in loss.logs.items():
+            values[key] = values.get(key, 0) + value / parts
+    return values
 
 
 class Trainer:
@@ -300,6 +384,7 @@ class Trainer:
             mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
         )
         self.device = self.accelerator.device
+        torch.manual_seed(recipe.seed)  # of weights that are new
         pretrained = load_pretrained(recipe, pretrained)
         self.prompts: Prompts | None = recipe_prompts(recipe)
         self.teacher = build_teacher(recipe, pretrained)
@@ -312,23 +397,17 @@ class Trainer:
             self.license = "other"  # of a student that learns from two networks
         if frozen is not None:
             frozen.to(self.device).eval()
-        self.objective = build_objective(recipe, frozen)
+        self.fake = None if recipe.vsd is None else FakeNetwork(self.accelerator, recipe, pretrained)
+        self.objectives = build_objectives(recipe, frozen, self.fake)
         self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
         half_life = recipe.target_half_life_images
         self.target = None if half_life is None else EMA(network, half_life).to(self.device)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        weighting = self.objective.weighting
-        parameters += [] if weighting is None else list(weighting.parameters())
-        optimizer = build_optimizer(recipe.optimizer, parameters)
-        if weighting is None:
-            self.prepared, self.optimizer = self.accelerator.prepare(network, optimizer)
-        else:
-            self.prepared, self.objective.weighting, self.optimizer = self.accelerator.prepare(
-                network, weighting, optimizer
-            )
+        self.prepared, self.optimizer = prepare(
+            self.accelerator, network, recipe.optimizer, [objective for objective, _ in self.objectives]
+        )
         # The derivative needs the bare network; it keeps the autocast that prepare added.
         self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
-        self.network.train(recipe.dropout > 0)
+        self.network.train(recipe.dropout > 0 or (recipe.lora is not None and recipe.lora.dropout > 0))
         if uses_derivative(recipe):
             probe_jvp(self.network)
         self.step = 0
@@ -365,14 +444,21 @@ class Trainer:
         return self.earlier_seconds + time.perf_counter() - self.start
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every module whose weights a checkpoint holds, by file name."""
-        modules = {"network": self.network.native}
-        modules |= {f"ema-{i}": ema.network.native for i, ema in enumerate(self.emas)}
+        """Every module whose weights a checkpoint holds, by file name; of a network with adapters, these alone."""
+        networks = {"network": self.network, **{f"ema-{i}": ema.network for i, ema in enumerate(self.emas)}}
         if self.target is not None:
-            modules["target"] = self.target.network.native
-        if self.objective.weighting is not None:
-            modules["weighting"] = self.accelerator.unwrap_model(self.objective.weighting)
+            networks["target"] = self.target.network
+        modules = {name: n.native if self.recipe.lora is None else adapters(n.native) for name, n in networks.items()}
+        for i, (objective, _) in enumerate(self.objectives):
+            if objective.weighting is not None:
+                modules["weighting" if i == 0 else f"weighting-{i}"] = self.accelerator.unwrap_model(objective.weighting)
+        if self.fake is not None:
+            modules |= self.fake.modules()
         return modules
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Every optimizer whose state a checkpoint holds, by file name."""
+        return {"optimizer": self.optimizer} | ({} if self.fake is None else {"fake-optimizer": self.fake.optimizer})
 
     def save(self) -> Path | None:
         """Write a checkpoint of the current step (main process)."""
@@ -381,7 +467,7 @@ class Trainer:
         errors = [list(e.values()) for e in self.endpoint_history]
         state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors, "seconds": self.seconds}
         return ckpt.save_checkpoint(
-            self.output_dir, self.step, self.modules(), self.optimizer, state, self.recipe.checkpoints_total_limit
+            self.output_dir, self.step, self.modules(), self.optimizers(), state, self.recipe.checkpoints_total_limit
         )
 
     def resume(self) -> None:
@@ -399,7 +485,7 @@ class Trainer:
             if asked is not None:
                 self.print(f"no checkpoint in {self.output_dir} yet: training starts at step 0")
             return
-        state = ckpt.load_checkpoint(path, self.modules(), self.optimizer)
+        state = ckpt.load_checkpoint(path, self.modules(), self.optimizers())
         self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
         self.endpoint_history = [dict(zip(TIMES, errors, strict=True)) for errors in state["endpoint_history"]]
         self.print(f"resumed from {path} at step {self.step}")
@@ -421,7 +507,7 @@ class Trainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         data = self.probed_data()
         if recipe.stable_targets:
-            self.objective.stable_targets = build_stable_targets(data, recipe, self.device)
+            self.objectives[0][0].stable_targets = build_stable_targets(data, recipe, self.device)
         self.resume()
         text = yaml.safe_dump(to_dict(recipe), sort_keys=False)
         log = MetricsLog(self.output_dir / "metrics.jsonl")
@@ -439,12 +525,12 @@ class Trainer:
         return self.student
 
     def probed_data(self) -> Dataset:
-        """The training set; a teacher to distil is probed on it, and before it draws the images itself."""
+        """The training set; the teachers are probed on it, and before one draws the images itself."""
         recipe, cache = self.recipe, self.output_dir / "cache"
         own = recipe.data.source == "teacher"
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
-        if recipe.needs_velocity:
-            self.print(f"teacher: {teacher_verdict(recipe, self.teacher or self.velocity_teacher, data)}")
+        for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
+            self.print(verdict)
         return training_data(recipe, self.teacher, cache, self.prompts) if own else data
 
     def sampler(self, size: int) -> StepSampler:
@@ -483,46 +569,83 @@ class Trainer:
                 signal.signal(number, handler)
 
     def train_step(self, batches, window: "Window") -> None:
-        """One optimizer step over the accumulated batches; a non-finite one is skipped and counted."""
-        recipe, parts = self.recipe, self.recipe.gradient_accumulation_steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optimizer, self.step, recipe.max_train_steps)
-        losses = []
-        for part in range(parts):
-            x0, labels = next(batches)
-            x0 = x0.to(self.device)
-            labels = labels.to(self.device) if recipe.is_conditional else None
-            seed = step_seed(recipe.seed, self.step, self.accelerator.process_index, part)
-            torch.manual_seed(seed)  # dropout
-            generator = torch.Generator().manual_seed(seed)
-            with self.synchronization(last=part == parts - 1):
-                frozen = self.network if self.target is None else self.target.network
-                result: Loss = self.objective(self.prepared, frozen, x0, labels, self.step, generator)
-                self.accelerator.backward(result.loss / parts)
-            losses.append(result)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = math.inf if recipe.optimizer.max_grad_norm is None else recipe.optimizer.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        loss = torch.stack([r.loss.detach() for r in losses]).mean()
-        finite = bool(torch.isfinite(loss + grad_norm))
-        self.count_nonfinite(finite)
-        if finite:
-            self.optimizer.step()
-            if hasattr(self.network.native, "normalize_weights"):
-                self.network.native.normalize_weights()
-        self.optimizer.zero_grad()
+        """One optimizer step over the accumulated batches; a non-finite one is skipped and counted. A fake score is updated
+        before, on the same labels.
+        """
+        parts = [self.to_device(*next(batches)) for _ in range(self.recipe.gradient_accumulation_steps)]
+        learning_rate = set_learning_rate(self.optimizer, self.recipe, self.step)
+        logs, finite = {}, True
+        if self.fake is not None:
+            finite, logs = self.train_fake(parts, learning_rate)
+        losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
+        values = mean_logs(losses, len(parts))
+        stepped, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
+        self.count_nonfinite(finite and stepped)
+        if stepped and hasattr(self.network.native, "normalize_weights"):
+            self.network.native.normalize_weights()
         self.step += 1
-        if finite:
+        if stepped:
             for ema in self.averages:
                 ema.update(self.network, self.step * self.batch_images, self.batch_images)
-            logs = {k: torch.stack([r.logs[k] for r in losses]).mean() for k in losses[0].logs}
-            window.add({"loss": loss, "grad_norm": grad_norm, **logs})
+        if finite and stepped:
+            window.add({**values, "grad_norm": grad_norm, **logs})
 
-    def synchronization(self, last: bool):
+    def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
+        labels = labels.to(self.device) if self.recipe.is_conditional else None
+        return x0.to(self.device), labels
+
+    def backward(self, part: int, x0: Tensor, labels: Condition | None) -> list[Loss]:
+        """The gradients of one batch, of one objective after the other: no more than one graph is in memory."""
+        parts, losses = self.recipe.gradient_accumulation_steps, []
+        generator = self.seeded(part)
+        frozen = self.network if self.target is None else self.target.network
+        for objective, weight in self.objectives:
+            last = part == parts - 1 and objective is self.objectives[-1][0]
+            with self.synchronization(self.prepared, last):
+                result: Loss = objective(self.prepared, frozen, x0, labels, self.step, generator)
+                self.accelerator.backward(weight * result.loss / parts)
+            losses.append(Loss(weight * result.loss.detach(), result.logs))
+        return losses
+
+    def seeded(self, *part) -> torch.Generator:
+        """The noise of one batch of this step on this process; dropout is seeded alike."""
+        seed = step_seed(self.recipe.seed, self.step, self.accelerator.process_index, *part)
+        torch.manual_seed(seed)
+        return torch.Generator().manual_seed(seed)
+
+    def train_fake(self, parts: list, learning_rate: float) -> tuple[bool, dict[str, Tensor]]:
+        """The fake score's updates of one step: whether all were finite, and what to log."""
+        fake, finite = self.fake, True
+        for group in fake.optimizer.param_groups:
+            group["lr"] = learning_rate * fake.relative_learning_rate
+        for update in range(self.recipe.vsd.fake_updates):
+            losses = []
+            for number, (x0, labels) in enumerate(parts):
+                generator = self.seeded(number, f"fake {update}")
+                with self.synchronization(fake.prepared, number == len(parts) - 1):
+                    loss = fake.objective(fake.prepared, self.network, x0, labels, generator)
+                    self.accelerator.backward(loss / len(parts))
+                losses.append(loss.detach())
+            loss = torch.stack(losses).mean()
+            finite &= self.optimizer_step(fake.optimizer, loss)[0]
+            if hasattr(fake.network.native, "normalize_weights"):
+                fake.network.native.normalize_weights()
+        return finite, {"fake_loss": loss}
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[bool, Tensor]:
+        """Step unless ``loss`` or the gradient is not finite: whether it did, and the gradient's norm."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = math.inf if self.recipe.optimizer.max_grad_norm is None else self.recipe.optimizer.max_grad_norm
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        finite = bool(torch.isfinite(loss + grad_norm))
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+        return finite, grad_norm
+
+    def synchronization(self, prepared: nn.Module, last: bool):
         """Gradients are reduced over processes only in the last part of an accumulated step."""
-        if last:
-            return torch.enable_grad()
-        return self.accelerator.no_sync(self.prepared)
+        return torch.enable_grad() if last else self.accelerator.no_sync(prepared)
 
     def count_nonfinite(self, finite: bool) -> None:
         self.nonfinite["in_a_row"] = 0 if finite else self.nonfinite["in_a_row"] + 1
@@ -605,8 +728,9 @@ class Trainer:
             values |= {f"endpoint_error/{t}": e for t, e in errors.items()}
             text = "endpoint error " + "  ".join(f"t={t}: {e:.4f}" for t, e in errors.items())
             if self.reference is not None:
-                values["frechet_distance/2"] = self.validation_distance()
-                text += f"  2-step {self.reference.extractor.name}-FD: {values['frechet_distance/2']:.3g}"
+                steps = self.validation_steps
+                values[f"frechet_distance/{steps}"] = distance = self.validation_distance(steps)
+                text += f"  {steps}-step {self.reference.extractor.name}-FD: {distance:.3g}"
             self.print(f"step {self.step}: {text}")
             if rising_at_small_t(self.endpoint_history):
                 self.print("warning: the endpoint error at the smallest t is rising: training may diverge")
@@ -619,11 +743,16 @@ class Trainer:
         plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
         return values
 
-    def validation_distance(self) -> float:
-        """The Fréchet distance of a few 2-step samples, always the same noise: for its course, not for its value."""
+    @property
+    def validation_steps(self) -> int:
+        """In how many steps the samples are drawn whose distance is logged."""
+        return self.recipe.vsd.steps if self.recipe.objective == "vsd" else 2
+
+    def validation_distance(self, steps: int) -> float:
+        """The Fréchet distance of a few samples, always the same noise: for its course, not for its value."""
         r = self.recipe
         batches = generate(
-            self.student, r.evaluation.validation_samples, num_inference_steps=2, role="student", seed=r.seed,
+            self.student, r.evaluation.validation_samples, num_inference_steps=steps, role="student", seed=r.seed,
             batch_size=r.evaluation.batch_size, guidance=self.validation_guidance, labels=self.prompts,
         )  # fmt: skip
         return self.reference.frechet_distance(batches)
@@ -685,15 +814,23 @@ class MetricsLog:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
 
+def ordinary_student(trainer: Trainer) -> Teacher:
+    """The averaged network, without adapters of its own."""
+    return trainer.student if trainer.recipe.lora is None else merged(trainer.student)
+
+
 def trained_model(trainer: Trainer) -> Model:
     """A finished run's averaged network with everything a card says about it."""
-    recipe, network = trainer.recipe, trainer.student
+    recipe = trainer.recipe
+    network = ordinary_student(trainer)
     training = {
         "objective": recipe.objective, "steps": trainer.step, "images": trainer.step * trainer.batch_images,
         "seed": recipe.seed, "data": recipe.data.source, "minutes": round(trainer.seconds / 60, 1),
     }  # fmt: skip
     if recipe.data.prompts:
         training["prompts"] = recipe.data.prompts
+    if recipe.lora is not None:
+        training["lora"] = dataclasses.asdict(recipe.lora)
     extra = {"training": training}
     if recipe.teacher:
         key = "guidance_range" if isinstance(recipe.guidance_scale, list) else "guidance_scale"

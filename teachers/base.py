@@ -1,14 +1,15 @@
 """The one interface every teacher and student is seen through: the TrigFlow network ``F(x_t, t, condition)``."""
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from teachers.condition import Condition, Embeddings, example_text, fits, join, replace_rows
-from teachers.networks import build, is_registered
+from teachers.networks import build, is_ours, is_registered
 from teachers.parameterization import Parameterization
 
 
@@ -24,7 +25,7 @@ class Teacher(nn.Module):
             as ``native(x, time, {name: tensor})``; a first axis of tokens may have another length.
         parameterization: what its input, time and output mean.
         sigma_data: standard deviation of the data, in the units of ``x``.
-        sample_shape: ``(C, H, W)``, one sample without the batch.
+        sample_shape: ``(C, H, W)``, or ``(C, F, H, W)`` for videos: one sample without the batch.
         num_classes: number of classes, ``None`` if unconditional.
         label_format: ``"index"`` passes integers with ``num_classes`` as the null class, ``"one_hot"`` passes
             ``(B, num_classes)`` with zeros as the null class.
@@ -126,7 +127,7 @@ class Teacher(nn.Module):
         c = self.parameterization.coefficients(t, self.sigma_data)
         scale = c.input_scale.to(x_t.dtype).view((-1,) + (1,) * (x_t.ndim - 1))
         # Networks of ours take it as it is, and round only its sines and cosines.
-        time = c.time if x_t.dtype == torch.float64 or is_registered(self.native) else c.time.float()
+        time = c.time if x_t.dtype == torch.float64 or is_ours(self.native) else c.time.float()
         condition = {"guidance": guidance.to(time.dtype)} if guidance is not None else {}
         args = (self.native_condition(labels, x_t),) if self.is_conditional else ()
         u = self.native(x_t * scale, time, *args, **condition)
@@ -259,7 +260,7 @@ class Teacher(nn.Module):
         teacher's copy trains again, except for what its network never trains (position tables).
 
         Raises:
-            ValueError: ``guidance_embedding`` for a network that is not one of ours.
+            ValueError: ``guidance_embedding`` for a network that has no such argument.
         """
         wider = guidance_embedding and not self.accepts_guidance
         native = with_guidance_embedding(self.native) if wider else copy.deepcopy(self.native)
@@ -291,6 +292,21 @@ class Teacher(nn.Module):
         guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sigma_data(sigma_data)
         return self.twin(sigma_data=sigma_data, guidance_teacher=guide)
 
+    def at_sample_shape(self, sample_shape: Sequence[int]) -> "Teacher":
+        """The same network, not copied, for samples of another size, if it takes any: those of diffusers that are told a
+        text do. Others, and those of other channels, are returned as they are.
+
+        Raises:
+            ValueError: a size that such a network does not take.
+        """
+        shape = tuple(sample_shape)
+        other = shape != self.sample_shape and shape[:1] == self.sample_shape[:1]
+        if not other or not hasattr(self.native, "check_sample_shape"):
+            return self
+        self.native.check_sample_shape(shape)
+        guide = None if self.guidance_teacher is None else self.guidance_teacher.at_sample_shape(shape)
+        return self.twin(sample_shape=shape, guidance_teacher=guide)
+
     def metadata(self) -> dict:
         """Everything but the weights and the architecture, as plain JSON values."""
         facts = {
@@ -311,21 +327,24 @@ def with_guidance_embedding(native: nn.Module) -> nn.Module:
     """``native`` rebuilt with a zero-initialised guidance-scale input (sCM, section 5.2).
 
     Raises:
-        ValueError: for a network that is not one of ours, which cannot be rebuilt.
+        ValueError: for a network that cannot be rebuilt, or not with a guidance input.
     """
-    if not is_registered(native):
+    if not is_registered(native) or "guidance_embedding" not in inspect.signature(type(native)).parameters:
         raise ValueError(f"{type(native).__name__} has no guidance input; distil it at a fixed guidance_scale instead")
     parameter = next(native.parameters())
     wider = build(type(native).__name__, {**native.config, "guidance_embedding": True})
+    if not getattr(wider, "guidance_embedding", False):
+        name = type(native).__name__
+        raise ValueError(f"{name} takes guidance_embedding, but does not keep it as an attribute of that name")
     wider.to(parameter.device, parameter.dtype)
     wider.load_state_dict({**wider.state_dict(), **native.state_dict()})
     return wider
 
 
 def unfreeze(native: nn.Module) -> None:
-    """Make trainable again what a network of ours trains when built; all of a foreign one that is frozen whole."""
+    """Make trainable again what a registered network trains when built; all of another one that is frozen whole."""
     if is_registered(native):
-        with torch.device("meta"):
+        with torch.device("meta" if is_ours(native) else "cpu"):
             built = build(type(native).__name__, native.config)
         for p, reference in zip(native.parameters(), built.parameters(), strict=True):
             p.requires_grad_(reference.requires_grad)

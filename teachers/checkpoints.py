@@ -6,6 +6,7 @@ arguments it was built; what they cannot say is read from ``<file name>.json`` b
 
 import argparse
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from teachers import dit, openai
+from teachers.networks import is_number
 
 ZIP = b"PK\x03\x04"
 # torch.save before 1.6 began with this number as a pickle of protocol 2.
@@ -82,6 +84,11 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     tensors = plain_names(state_dict(read_container(path), path), path)
     hint = read_hint(path)
     family = choose_family(tensors, hint.get("family"), path)
+    if family.name == "openai" and "family" not in hint and openai.is_consistency_model(path.name):
+        raise ValueError(
+            f"{path} is by its name one of OpenAI's consistency models: it is distilled already and has no PF-ODE to learn "
+            f'from; if it is an EDM teacher all the same, write {{"family": "openai"}} into {hint_path(path)}'
+        )
     try:
         tensors = family.own(tensors)
         config = family.config(tensors)
@@ -183,6 +190,9 @@ def read_hint(path: Path) -> dict:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(hint, dict) or hint.keys() - HINTS:
         raise ValueError(f"{path} must be a mapping with keys among {', '.join(sorted(HINTS))}")
+    sigma_data = hint.get("sigma_data", 1.0)
+    if not is_number(sigma_data) or not 0 < sigma_data < math.inf:
+        raise ValueError(f"{path}: sigma_data must be a positive number, got {sigma_data!r}")
     if not isinstance(hint.get("network_config", {}), dict):
         raise ValueError(f"{path}: network_config must be a mapping of constructor arguments")
     names = [family.name for family in FAMILIES]

@@ -26,6 +26,11 @@ NAMES = {
 UPSAMPLING = re.compile(r"output_blocks\.(\d+)\.[12]\.(in_layers\.2|conv)\.weight")
 
 
+def is_consistency_model(name: str) -> bool:
+    """Whether a file of this name holds one of OpenAI's consistency models, such as ``cd_imagenet64_lpips.pt``."""
+    return re.match(r"c[dt]_", name) is not None
+
+
 def matches(tensors: dict[str, Tensor]) -> bool:
     """Whether these are the tensors of an :class:`teachers.networks.OpenAIUNet`, by their names."""
     return NAMES <= tensors.keys()

@@ -8,7 +8,8 @@ Then
     y = k x_t        and        F = (u - (a cos t + b sin t / sigma_data) x_t) / (b cos t - a sigma_data sin t).
 
 Nothing is divided by ``sin t`` or ``cos t`` except where the prediction itself loses the information (an
-eps-prediction at ``pi/2``, an x0-prediction at 0). ``sigma_data`` is the student's; a teacher's own may differ (EDM).
+eps-prediction or a score at ``pi/2``, an x0-prediction at 0). ``sigma_data`` is the student's; a teacher's own may
+differ (EDM).
 Source: arXiv 2410.11081 appendix B and equations 29 to 34; the single formula is derived in ``docs/method.md``.
 """
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from teachers.noise_schedule import BetaSchedule, step_at
 
-# Times are kept this far (radians) from 0 and pi/2 wherever a logarithm of tan(t) is taken.
+# Times are kept this far (radians) from 0 and pi/2 wherever a logarithm of tan(t) is taken, and from 0 where a score is
+# infinite.
 TIME_MARGIN = 1e-7
 
 
@@ -44,11 +46,14 @@ class Parameterization:
             (``y = (1 - s) x0 + s eps``) or ``"trigflow"``.
         prediction: the network's output. ``edm``: ``"raw"`` (the U-Net inside EDM's preconditioning) or ``"x0"`` (the
             whole denoiser ``D(y, sigma)``) or ``"-eps"`` (the network of ``D = y + sigma F(y)``, the VE-SDE's);
-            ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``) or ``"x0"``; ``flow``: ``"velocity"``
-            (``eps - x0``) or ``"-velocity"`` (``x0 - eps``); ``trigflow``: ``"F"``.
+            ``vp``: ``"eps"``, ``"v"`` (``alpha eps - sigma x0``), ``"x0"`` or ``"score"`` (``-eps / sigma``, the
+            gradient of ``log p(y)``); ``flow``: ``"velocity"`` (``eps - x0``) or ``"-velocity"`` (``x0 - eps``);
+            ``trigflow``: ``"F"``.
         time: the time signal. ``edm``: ``"log_sigma/4"``, ``"log(sigma/2)"`` or ``"sigma"``; ``vp``: ``"log_snr"``
-            (``log(alpha^2 / sigma^2)``), ``"t"`` (the angle ``arctan(sigma / alpha)``), ``"linear_beta"``,
-            ``"cosine"`` (steps 0 to ``M - 1``) or ``"ddpm_linear"``, ``"ddpm_scaled_linear"``, ``"ddpm_cosine"``
+            (``log(alpha^2 / sigma^2)``), ``"t"`` (the angle ``arctan(sigma / alpha)``), ``"-2log(alpha)"`` (the time of
+            the Ornstein-Uhlenbeck process ``dy = -y dt / 2 + dW``, ``y = e^{-t/2} x0 + sqrt(1 - e^{-t}) eps``; of any
+            VP-SDE it is the integral of ``beta``, arXiv 2011.13456), ``"linear_beta"``, ``"cosine"`` (steps 0 to
+            ``M - 1``) or ``"ddpm_linear"``, ``"ddpm_scaled_linear"``, ``"ddpm_cosine"``
             (:mod:`teachers.noise_schedule`); ``flow``: ``"s"`` (1 is noise) or ``"1-s"`` (1
             is data); ``trigflow``: ``"t"``. The first three also ``"trigflow"``, the angle of TrigFlow itself.
         time_scale: factor on the time signal (1000 for SD3, Flux, Wan).
@@ -146,6 +151,12 @@ def _vp_x0(cos, sin, sd, p):
     return _vp_norm(cos, sin, sd), torch.ones_like(cos), torch.zeros_like(cos)
 
 
+def _vp_score(cos, sin, sd, p):
+    # The smallest sin only keeps the target finite: b cancels in the offset, and the weight of a score there is about 0.
+    norm = _vp_norm(cos, sin, sd)
+    return norm, torch.zeros_like(cos), -1 / (sd * sin.clamp(min=TIME_MARGIN) * norm)
+
+
 def _flow_velocity(cos, sin, sd, p):
     return 1 / (cos + sd * sin), -torch.ones_like(cos), torch.ones_like(cos)
 
@@ -162,7 +173,7 @@ def _trigflow(cos, sin, sd, p):
 # family -> prediction -> (cos t, sin t, sigma_data, parameterization) -> (input_scale, a, b)
 PREDICTIONS: dict[str, dict[str, Callable]] = {
     "edm": {"raw": _edm_raw, "x0": _edm_x0, "-eps": _edm_negative_eps},
-    "vp": {"eps": _vp_eps, "v": _vp_v, "x0": _vp_x0},
+    "vp": {"eps": _vp_eps, "v": _vp_v, "x0": _vp_x0, "score": _vp_score},
     "flow": {"velocity": _flow_velocity, "-velocity": _flow_negative_velocity},
     "trigflow": {"F": _trigflow},
 }
@@ -178,13 +189,18 @@ def _trigflow_time(t: Tensor, sd: float, p: Parameterization) -> Tensor:
     return t
 
 
+def _ornstein_uhlenbeck_time(t: Tensor, sd: float, p: Parameterization) -> Tensor:
+    """``-2 log alpha``, by ``1 / alpha^2 = 1 + sigma^2 / alpha^2``, which keeps its digits at small noise."""
+    return torch.log1p((2 * _log_sigma(t, sd)).exp())
+
+
 def _linear_beta_step(t: Tensor, sd: float, p: Parameterization) -> Tensor:
     """``(M - 1) tau`` at the time ``tau`` of the VP-SDE, ``-2 log alpha = beta_d tau^2 / 2 + beta_min tau``.
 
     The root is written without a difference, which would lose its digits at small noise.
     """
     beta_d, beta_min, steps = (p.schedule[name] for name in SCHEDULES["linear_beta"])
-    exponent = torch.log1p((2 * _log_sigma(t, sd)).exp())  # -2 log alpha
+    exponent = _ornstein_uhlenbeck_time(t, sd, p)
     return (steps - 1) * 2 * exponent / ((beta_min**2 + 2 * beta_d * exponent).sqrt() + beta_min)
 
 
@@ -229,6 +245,7 @@ TIMES: dict[str, dict[str, Callable]] = {
         "trigflow": _trigflow_time,
         "log_snr": lambda t, sd, p: -2 * _log_sigma(t, sd),
         "t": lambda t, sd, p: torch.atan2(sd * t.sin(), t.cos()),
+        "-2log(alpha)": _ornstein_uhlenbeck_time,
         "linear_beta": _linear_beta_step,
         "cosine": _cosine_step,
         "ddpm_linear": _ddpm_step("linear"),

@@ -1,20 +1,27 @@
-"""Loading and saving: bundled models, model folders, run folders and exported pipelines; safetensors only."""
+"""Loading and saving: bundled models, model folders, run folders and exported pipelines, on disk or on the Hugging Face hub;
+safetensors only.
+"""
 
 import difflib
 import json
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
-from teachers.diffusers import is_diffusers_folder, read_diffusers
-from teachers.networks import build, is_registered
+from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
+from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
@@ -40,12 +47,13 @@ def bundled() -> list[str]:
 
 def resolve(source: str | Path) -> Path:
     """The model folder behind a bundled name, a model folder (or a file in it), a run folder or an exported pipeline; or
-    the file itself, for an NVlabs pickle or a released checkpoint.
+    the file itself, for an NVlabs pickle or a released checkpoint. ``hf://owner/name[@revision][/path]`` is any of them on
+    the Hugging Face hub and is downloaded (:mod:`teachers.hub`).
 
     A bundled name wins over a folder of the same name; write ``./name`` for the folder.
 
     Raises:
-        FileNotFoundError: no such name or folder (with the nearest bundled name).
+        FileNotFoundError: no such name, folder or place on the hub (with the nearest bundled name).
         ValueError: a folder or file that holds no model.
     """
     return locate(source)[1]
@@ -55,11 +63,9 @@ def locate(source: str | Path) -> tuple[str, Path]:
     """What kind of thing ``source`` is, in words, and its model folder; see :func:`resolve`."""
     if str(source) in bundled():
         return "bundled model", ZOO / str(source)
-    path = Path(source)
+    path = download(str(source)) if hub.is_hub(source) else Path(source)
     if not path.exists():
-        near = difflib.get_close_matches(str(source).lower(), bundled(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"bundled models: {', '.join(bundled())}"
-        raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {hint}")
+        raise FileNotFoundError(f"no model {str(source)!r}: neither a bundled name nor a path; {suggestion(str(source))}")
     if path.name in (WEIGHTS, PIPELINE_WEIGHTS, "config.json") and (path.parent / "config.json").is_file():
         path = path.parent
     for kind, (matches, _) in READERS.items():
@@ -71,8 +77,46 @@ def locate(source: str | Path) -> tuple[str, Path]:
             return kind, folder
     raise ValueError(
         f"{path} is not a model: expected a folder with config.json, a finished run (student/), an exported pipeline, a "
-        "pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors"
+        f"pipeline of diffusers, an NVlabs pickle or a checkpoint by torch.save or as safetensors{part_of_pipeline(path)}"
     )
+
+
+def part_of_pipeline(path: Path) -> str:
+    """A clause that says what to name in place of a part of a pipeline of diffusers; empty for anything else."""
+    if is_diffusers_folder(path.parent):
+        return f"; it is a part of a pipeline: name its folder {path.parent}, whose scheduler says what the network means"
+    config = path / "config.json"
+    if config.is_file() and "_class_name" in read_json(config):
+        return "; it is a part of a pipeline: name the pipeline's folder, whose scheduler says what the network means"
+    return ""
+
+
+def suggestion(name: str) -> str:
+    """What may have been meant by a name that is not there."""
+    near = difflib.get_close_matches(name.lower(), bundled(), n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    on_hub = f"; on the Hugging Face hub it would be hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    return f"bundled models: {', '.join(bundled())}{on_hub}"
+
+
+@lru_cache  # one process sees one snapshot
+def download(source: str) -> Path:
+    """The local copy of a model on the hub. Configs come first: they say whether there are weights to fetch, and which.
+
+    Raises:
+        ValueError, OSError: as :func:`teachers.hub.fetch`; or it is not a model that can be read.
+    """
+    path = hub.fetch(source, [*DESCRIPTIONS, f"network/{hub.CONFIG}", f"student/{hub.CONFIG}"])
+    if path.is_file():
+        return path
+    kind, folder = locate(path)
+    if kind == "diffusers pipeline":
+        hub.fetch_model(source, network_folder(path).relative_to(path).as_posix())
+        return path
+    load_config(path)
+    hub.fetch(source, [(folder.relative_to(path) / name).as_posix() for name in (WEIGHTS, PIPELINE_WEIGHTS)])
+    return path
 
 
 def load_config(source: str | Path) -> dict:
@@ -90,7 +134,8 @@ def load_config(source: str | Path) -> dict:
     except ValueError as error:  # malformed JSON or UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config")
+        part = part_of_pipeline(path.parent) if isinstance(config, dict) else ""
+        raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config{part}")
     check_config(config, path)
     # diffusers writes every optional key of an exported network, as null where it is unset.
     return {key: value for key, value in config.items() if value is not None or key == "num_classes"}
@@ -122,8 +167,8 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "network": ("a name", lambda v: isinstance(v, str)),
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
-    "sigma_data": ("a positive number", lambda v: isinstance(v, int | float) and v > 0),
-    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_size, v))),
+    "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
+    "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
     "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
 }
@@ -133,8 +178,9 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     """A pretrained teacher or student as a TrigFlow network in fp32, in eval mode; trainable as it was built.
 
     Args:
-        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, an NVlabs pickle, a
-            released checkpoint (:mod:`teachers.checkpoints`), or a ``Teacher``, which is returned as it is.
+        source: a bundled name, a model folder, a run folder (its student), an exported pipeline, a pipeline of diffusers,
+            an NVlabs pickle, a released checkpoint (:mod:`teachers.checkpoints`), one of these on the Hugging Face hub
+            (``hf://owner/name``), or a ``Teacher``, which is returned as it is.
 
     Raises:
         FileNotFoundError: nothing by that name.
@@ -159,14 +205,25 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
 
 
 def build_unfilled(name: str, config: dict) -> nn.Module:
-    """A network whose weights are still to come: no time and no random numbers are spent on them, unless it has tables that
-    no file holds, which are made with it (position tables of diffusers).
+    """A network whose weights are still to come: no time and no random numbers are spent on them, but it has the tables that
+    no file holds (positions, in networks of diffusers). A user's own may do anything, and is built as it is.
     """
-    with torch.device("meta"):
-        network = build(name, config)
-    if network.state_dict().keys() >= {key for key, _ in network.named_buffers()}:
-        return network.to_empty(device="cpu")
-    return build(name, config)
+    if name in NETWORKS and NETWORKS[name] not in OURS:
+        return build(name, config)
+    with NoDraws():
+        return build(name, config)
+
+
+class NoDraws(TorchFunctionMode):
+    """What would be drawn at random is left as memory holds it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.rand, torch.randn) and "generator" not in kwargs:
+            return torch.empty(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:
@@ -216,6 +273,22 @@ def check_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) ->
         raise ValueError(f"{where} does not fit {type(network).__name__}: tensors {'; '.join(found)}")
 
 
+def check_target(folder: Path, replaceable: Collection[str], what: str) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, or holds nothing but what may be written over."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another folder")
+    foreign = sorted(set(os.listdir(folder)) - set(replaceable)) if folder.exists() else []
+    if foreign:
+        raise ValueError(f"{folder} is not empty and not {what}: it holds {foreign[0]}; choose another folder")
+
+
+def check_model_target(folder: Path) -> None:
+    """Raise ``ValueError`` unless ``folder`` is absent, empty, or a model folder of ours and nothing else."""
+    config = folder / "config.json"
+    ours = config.is_file() and read_json(config).get("format") == FORMAT
+    check_target(folder, ("config.json", WEIGHTS) if ours else (), "a model folder")
+
+
 def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> None:
     """Write a model folder: ``config.json`` and ``model.safetensors`` with the native fp32 weights, each atomically.
 
@@ -225,7 +298,7 @@ def save_pretrained(model: Teacher, folder: str | Path, role: str, **extra) -> N
             (baked in), ``guidance_range``, ``teacher``, ``training``, ``metrics`` (rows of a table).
 
     Raises:
-        ValueError: for a network that is not one of ours and could not be rebuilt from a config.
+        ValueError: for a network that is not registered and could not be rebuilt from a config.
         OSError: for example a full disk; a model that was there before stays whole.
     """
     write_model(Path(folder), model, model_config(model, role, **extra))
@@ -250,11 +323,22 @@ def write_weights(folder: Path, model: Teacher) -> None:
 
 def model_config(model: Teacher, role: str, **extra) -> dict:
     """The ``config.json`` of a model; see :func:`save_pretrained`."""
-    if not is_registered(model.native):
-        name = type(model.native).__name__
-        raise ValueError(f"{name} was not made by teachers.networks.build and cannot be saved as a model folder")
+    check_registered(model.native)
     facts = {"format": FORMAT, "version": VERSION, "role": role, "network": type(model.native).__name__}
     return {**facts, "network_config": model.native.config, **model.metadata(), **extra}
+
+
+def check_registered(native: nn.Module) -> None:
+    """Raise ``ValueError`` for a network that cannot be built again, with what is to be done."""
+    if is_registered(native):
+        return
+    name = type(native).__name__
+    if is_ours(native):
+        raise ValueError(f"{name} was not made by teachers.networks.build and cannot be saved as a model folder or exported")
+    raise ValueError(
+        f"{name} is not registered and cannot be saved as a model folder or exported: decorate its class with "
+        "@teachers.register, then make the network"
+    )
 
 
 def write_atomically(path: Path, write) -> None:
@@ -294,19 +378,24 @@ def inspect(source: str | Path) -> dict:
     }
 
 
-def student_needs(speed: float) -> str:
+def student_needs(speed: float | None) -> str:
     """What a student of a network whose time embedding turns at this speed needs (sCM, section 4.1)."""
+    if speed is None:
+        return "cannot be told in advance: the time embedding is none of ours"
     if speed > TOLERABLE_SPEED:
         return f"needs a smoother time embedding (speed {TOLERABLE_SPEED:g} at most): objective retrofit"
     return "can start from this network as it is"
 
 
-def time_embedding_speed(model: Teacher, num_times: int = 500) -> float:
+def time_embedding_speed(model: Teacher, num_times: int = 500) -> float | None:
     """How fast the time embedding turns: max over t of ``rms(cos t sin t d emb/dt) / rms(emb)``.
 
     About 0.1 for TrigFlow, EDM's DDPM++ and SiT; above 1 a student needs a smoother embedding (sCM, section 4.1).
+    ``None`` for a network whose time embedding is none of ours.
     """
-    embedding = next(iter(time_embeddings(model.native).values()))
+    embedding = next(iter(time_embeddings(model.native).values()), None)
+    if embedding is None:
+        return None
     ends = torch.tensor([0.002, 80.0], dtype=torch.float64) / model.sigma_data
     t = torch.linspace(*torch.atan(ends).tolist(), num_times, dtype=torch.float64)
 

@@ -84,7 +84,7 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
     facts = {
         "denoising_error": {t: round(e, 2) for t, e in zip(PROBE_TIMES, own.errors, strict=True)},
         "judged_on": "its own samples" if images is None else "real images",
-        "verdict": f"its parameterization fits: {describe(own)}",
+        "verdict": verdict(own),
     }
     if own.worst <= (LIMIT if images is None else CLEAR):
         return facts
@@ -96,12 +96,19 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
             f"{name(teacher.parameterization)}: {describe(own)}; "
             f"under {name(p)} it is {listed(best.errors)}, so that is likely the right one"
         )
+    return facts
+
+
+def verdict(own: Fit) -> str:
+    """Of a network that does not denoise better under another parameterization."""
     if own.worst > LIMIT:
-        facts["verdict"] = (
+        return (
             f"it denoises badly, as it does under the others of its family: {describe(own)}; it may be little trained, or "
             "its input scale, its labels or the family itself may be wrong"
         )
-    return facts
+    if own.mean > IGNORANT:
+        return f"it denoises no better than knowing the data's mean and spread, so it is probably untrained: {describe(own)}"
+    return f"its parameterization fits: {describe(own)}"
 
 
 def siblings(p: Parameterization) -> list[Parameterization]:

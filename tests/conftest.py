@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import teachers
-from teachers.networks import build
+from teachers.networks import NETWORKS, build
 
 # The networks here are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -45,6 +45,15 @@ def teacher(request) -> teachers.Teacher:
 @pytest.fixture
 def make_teacher():
     return small_teacher
+
+
+@pytest.fixture
+def registry():
+    """The known network classes, which are afterwards what they were."""
+    before = dict(NETWORKS)
+    yield NETWORKS
+    NETWORKS.clear()
+    NETWORKS.update(before)
 
 
 class GaussianMixture:
@@ -129,6 +138,8 @@ class MixtureNetwork(torch.nn.Module):
     def vp(self, x, time):
         if self.p.time == "log_snr":  # alpha^2 / sigma^2 = e^time
             alpha, sigma = torch.sigmoid(time).sqrt(), torch.sigmoid(-time).sqrt()
+        elif self.p.time == "-2log(alpha)":
+            alpha, sigma = (-time / 2).exp(), (-torch.expm1(-time)).sqrt()
         elif self.p.time in self.noise:  # (alpha, sigma) = (1, noise) / sqrt(1 + noise^2)
             alpha = torch.rsqrt(1 + self.noise[self.p.time](time) ** 2)
             sigma = self.noise[self.p.time](time) * alpha
@@ -136,7 +147,7 @@ class MixtureNetwork(torch.nn.Module):
             alpha, sigma = time.cos(), time.sin()
         x0, eps = self.mixture.posterior(x, alpha, sigma)
         a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0}[self.p.prediction]
+        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "score": -eps / s}[self.p.prediction]
 
     def flow(self, x, time):
         s = time if self.p.time == "s" else 1 - time

@@ -1,4 +1,10 @@
-"""What tests of several files build on: tiny networks of diffusers, one of texts, and a Python without this package."""
+"""What tests of several files build on: tiny networks of diffusers, a network of texts, a Python without this package, and
+files of users."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -54,3 +60,11 @@ assert not any(map(find_spec, ABSENT))
 import torch
 from diffusers import DiffusionPipeline
 """
+
+
+def import_file(path: Path) -> ModuleType:
+    """A file as a module under its own name, as ``import`` makes it where its folder is on the path; always anew."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -199,7 +199,7 @@ class Consistency:
         """Step 1 of Algorithm 1."""
         t, t_next = self.sample_times(len(x0), generator, x0.device)
         z = self.recipe.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
-        guidance = self.sample_guidance(len(x0), generator, x0.device)
+        guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
     def tangent(self, network, batch: NoisyBatch, step: int, rng) -> tuple[Tensor, Tensor]:
@@ -252,13 +252,6 @@ class Consistency:
         index = torch.searchsorted(self.grid, t).clamp(1, len(self.grid) - 1)
         return self.grid[index].float().to(device), self.grid[index - 1].float().to(device)
 
-    def sample_guidance(self, n: int, generator, device) -> Tensor | None:
-        """Guidance scales ``(n,)``, uniform over the recipe's range; ``None`` when the scale is fixed."""
-        if not isinstance(self.recipe.guidance_scale, list):
-            return None
-        low, high = self.recipe.guidance_scale
-        return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
-
     def pf_ode_velocity(self, x0, z, x_t, t, labels, guidance) -> Tensor:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
@@ -295,6 +288,14 @@ class Consistency:
         slope = (step.cos() * F - F_next) / step.sin()
         g = -t_next.cos() * (sd * F - dx_dt) - r * t_next.sin() * (x_t + sd * slope)
         return F, t.cos() * g
+
+
+def sample_guidance(recipe: Recipe, n: int, generator: torch.Generator, device) -> Tensor | None:
+    """Guidance scales ``(n,)``, uniform over the recipe's range; ``None`` when the scale is fixed."""
+    if not isinstance(recipe.guidance_scale, list):
+        return None
+    low, high = recipe.guidance_scale
+    return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from teachers.networks.layers import GroupNorm, TimeEmbedding
 
+# Embeddings of a size or a guidance scale by the same class, which are no function of the time.
+OTHER_TIMESTEPS = ("add_time_proj", "additional_condition_proj", "guidance_condition_proj")
+
 
 class DiffusersTimesteps(TimeEmbedding):
     """diffusers' ``Timesteps``, whose own code rounds every time to fp32: ``[sin(w t), cos(w t)]``, or cos first."""
@@ -42,7 +45,7 @@ def diffusers_model(name: str, config: dict) -> nn.Module:
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm  # torch's own cannot be differentiated here; weights and result are the same
         for child_name, child in module.named_children():
-            if type(child).__name__ == "Timesteps":
+            if type(child).__name__ == "Timesteps" and child_name not in OTHER_TIMESTEPS:
                 setattr(module, child_name, DiffusersTimesteps(child))
     return model
 

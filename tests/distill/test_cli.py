@@ -1,6 +1,7 @@
 """The commands as a user types them, and the errors they print."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,13 @@ def test_a_teacher_is_sampled_with_a_guidance_teacher(tmp_path):
     assert teacher.network.guidance_teacher is None
 
 
+def test_numbers_of_samples_and_steps_are_whole(model):
+    for wrong in ({"num": 2.5}, {"num": "2"}, {"num_inference_steps": 1.5}, {"batch_size": 2.0}, {"seed": None}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer, got"):
+            distill.from_pretrained(model).sample(**{"num": 2, **wrong})
+    assert len(distill.from_pretrained(model).sample(np.int64(2))) == 2
+
+
 def test_sample_arrays(model, tmp_path):
     out = tmp_path / "samples.npz"
     assert cli.main(["sample", model, "--num", "7", "--out", str(out)]) == 0
@@ -75,6 +83,24 @@ def test_export_and_teachers(model, tmp_path, capsys):
     assert "mnist-edm" in capsys.readouterr().out
     assert cli.main(["teachers", "inspect", "mnist-edm"]) == 0
     assert "SongUNet" in capsys.readouterr().out
+
+
+def test_a_model_is_converted_to_an_empty_or_an_old_model_folder_only(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert cli.main(["teachers", "convert", model, str(out)]) == 0
+    pipeline = str(tmp_path / "pipeline")
+    assert cli.main(["export", model, pipeline]) == 0
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "bert"}')
+    (out / "notes.txt").write_text("mine")
+    for folder, what in ((pipeline, "README.md"), (tmp_path / "theirs", "config.json"), (out, "notes.txt")):
+        assert cli.main(["teachers", "convert", model, str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"is not empty and not a model folder: it holds {what}; choose another" in error
+    assert cli.main(["teachers", "convert", model, str(out / "notes.txt")]) == 1
+    assert "notes.txt is a file; choose another folder" in capsys.readouterr().err
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == {"model_type": "bert"}
 
 
 def test_evaluate(tmp_path, capsys):
@@ -117,7 +143,13 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--guidance-scale", "2", "--guidance-teacher", "mnist-edm-scm", "--out", "x.png"],
          "'mnist-edm-scm' is a student"),
         (["evaluate", "mnist-edm-scm", "--guidance-scale", "2", "--guidance-teacher", "mnist-flow"], "for a teacher"),
+        (["evaluate", "mnist-edm-scm", "--num", "60", "--solver", "dpmpp_2m"], "a student solves no ODE"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
+        (["evaluate", "mnist-edm", "--num", "60", "--data", "no-such/mnist"], "data source 'no-such/mnist' does not exist"),
+        (["evaluate", "mnist-edm", "--num", "60", "--data", "hf://no-such/mnist"], "'hf://no-such/mnist' does not exist"),
+        (["evaluate", "mnist-edm", "--num", "60", "--data", "data/my/mnist"], "a folder, or a hub id (owner/name)"),
+        (["evaluate", "mnist-edm", "--num", "60", "--data", "teacher"], "stands for samples that a distillation draws"),
+        (["teachers", "inspect", "google/ddpm-cifar10-32"], "it would be hf://google/ddpm-cifar10-32"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -195,11 +227,38 @@ def test_a_teacher_under_a_wrong_convention_is_refused_before_training(mistaken,
     assert "network: SiT" in captured.out and "under RECTIFIED_FLOW it is 0." in captured.err
 
 
+def test_so_are_those_that_give_guidance_or_a_velocity(mistaken, capsys):
+    velocity = ["teachers/mnist-edm.yaml", "network=null", "teacher=mnist-edm", "stable_targets=false"]
+    for arguments in (
+        [*velocity, f"velocity_teacher={mistaken}"], ["mnist.yaml", "guidance_scale=2", f"guidance_teacher={mistaken}"],
+    ):  # fmt: skip
+        assert run.main([*arguments, "--check"]) == 1
+        assert "mistaken denoises badly under its parameterization" in capsys.readouterr().err
+        assert run.main([argument.replace(mistaken, "mnist-flow") for argument in arguments] + ["--check"]) == 0
+        assert f"{arguments[-1].split('_')[0]} teacher: its parameterization fits" in capsys.readouterr().out
+
+
 def test_inspect_tells_whether_a_teacher_denoises(model, capsys):
     assert cli.main(["teachers", "inspect", "mnist-flow"]) == 0
     assert "probe: its parameterization fits: denoising error 0." in capsys.readouterr().out
     assert cli.main(["teachers", "inspect", model]) == 0  # a student
     assert "probe" not in capsys.readouterr().out
+
+
+def test_help_imports_nothing_slow():
+    script = "import sys; from distill import cli\ntry: cli.main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "Few-step consistency models" in result.stdout
+    assert not {"torch", "numpy", "diffusers", "datasets", "accelerate", "teachers"} & set(result.stderr.split())
+
+
+def test_a_reader_that_stops_is_no_error(capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["teachers", "list"]) == 141
+    assert not capfd.readouterr().err
 
 
 def test_activations_are_counted(make_teacher):

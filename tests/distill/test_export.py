@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import SCMScheduler
+from diffusers import AutoencoderKL, SCMScheduler
 from support import ONLY_DIFFUSERS
 
 import distill
@@ -67,6 +67,8 @@ def test_same_seed_same_images(teacher, pipe, steps):
 def test_loads_without_this_package(make_teacher, tmp_path):
     students = {kind: make_teacher(kind) for kind in ("SongUNet", "SiT")}
     folders = [str(export(student, tmp_path / kind)) for kind, student in students.items()]
+    students["latents"], decoding = latents_student(), {"vae": vae_in(tmp_path / "vae"), "normalization": "scm"}
+    folders.append(str(export(students["latents"], tmp_path / "latents", **decoding)))
     env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", STRANGER, *folders]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -75,7 +77,7 @@ def test_loads_without_this_package(make_teacher, tmp_path):
     for kind, student in students.items():
         images = teachers.pretrained.read_safetensors(tmp_path / f"{kind}.safetensors")
         for steps in (1, 2, 4):
-            check_same(images[str(steps)], student, steps)
+            check_same(images[str(steps)], student, steps, **(decoding if kind == "latents" else {}))
 
 
 def test_code_in_the_folder_needs_trust(folder):
@@ -188,11 +190,86 @@ def test_unconditional_colour(tmp_path):
         pipe(class_labels=[1])
 
 
-def test_latents_are_no_pictures(tmp_path):
-    pipe = load(export(unconditional(4), tmp_path / "p"))
-    assert pipe(1, output_type="np").images.shape == (1, 8, 8, 4)
+def latents_student(channels=4, latents=None):
+    torch.manual_seed(0)
+    config = dict(input_size=8, in_channels=channels, hidden_size=32, depth=1, num_heads=2, num_classes=3, learn_sigma=False)
+    native = build("SiT", config)
+    for p in native.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    return teachers.wrap(native, teachers.SIT, 1.0, (channels, 8, 8), 3, latents=latents).eval()
+
+
+def vae_in(folder, channels=4):
+    torch.manual_seed(1)
+    AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=channels, scaling_factor=0.3, shift_factor=0.1,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def test_latents_without_an_autoencoder_are_handed_out_as_they_are(tmp_path):
+    student = latents_student()
+    folder = export(student, tmp_path / "p")
+    pipe = load(folder)
+    expected = distill.Model(student, {"role": "student"}).sample(5, 2, LABELS, seed=3)
+    assert expected.abs().max() > 1.5  # where images would be clamped
+    for form in ("latent", "pt"):
+        samples = pipe(class_labels=LABELS, generator=seeded(), output_type=form).images
+        torch.testing.assert_close(samples, expected, rtol=0, atol=1e-5)
+    array = pipe(class_labels=LABELS, generator=seeded(), output_type="np").images
+    assert torch.equal(torch.from_numpy(array).permute(0, 3, 1, 2), samples)
     with pytest.raises(ValueError, match="4 channels are no PIL images"):
         pipe(1)
+    with pytest.raises(ValueError, match="3 channels are no PIL images"):
+        load(export(latents_student(3, latents=True), tmp_path / "q"))(1)
+    assert "output_type='latent'" in (folder / "README.md").read_text()
+    assert sorted(p.name for p in folder.iterdir()) == EXPORTED
+
+
+@pytest.mark.parametrize("name", ["sd", "edm2", "scm", "vae"])
+def test_an_autoencoder_makes_images_of_latents(tmp_path, name):
+    student, source = latents_student(), vae_in(tmp_path / "vae")
+    facts = {"role": "student", "training": {"license": "mit"}}
+    folder = export(student, tmp_path / "p", facts, vae=source, normalization=None if name == "vae" else name)
+    pipe = load(folder)
+    images = pipe(class_labels=LABELS, generator=seeded(), output_type="pt").images
+    assert images.shape == (5, 3, 16, 16) and 0 <= images.min() and images.max() <= 1
+    check_same(images, student, 2, vae=source, normalization=name)
+    assert pipe(1).images[0].size == (16, 16)
+    latents = pipe(class_labels=LABELS, generator=seeded(), output_type="latent").images
+    expected = distill.Model(student, {"role": "student"}).sample(5, 2, LABELS, seed=3)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*EXPORTED, "vae"])
+    card = (folder / "README.md").read_text()
+    assert "output_type" not in card and "The VAE is a copy and under its own" in card
+    export(student, folder)  # an export again, that this may replace
+    assert sorted(p.name for p in folder.iterdir()) == EXPORTED
+
+
+def test_a_pipeline_with_an_autoencoder_is_saved_and_loaded_by_diffusers(tmp_path):
+    student, source = latents_student(), vae_in(tmp_path / "vae")
+    pipe = load(export(student, tmp_path / "p", vae=source, normalization="scm"))
+    pipe.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    first, second = (p(class_labels=LABELS, generator=seeded(), output_type="pt").images for p in (pipe, again))
+    assert torch.equal(first, second)
+
+
+def test_an_autoencoder_that_does_not_belong_is_one_sentence(make_teacher, tmp_path):
+    source = vae_in(tmp_path / "vae")
+    for student, options, message in (
+        (make_teacher("SiT"), {"vae": source}, "a VAE .--vae. belongs to a student of latents"),
+        (latents_student(), {"normalization": "sd"}, "a normalization .--normalization. belongs to format scm with a VAE"),
+        (latents_student(), {"vae": source, "normalization": "sdxl"}, "no normalization 'sdxl'; allowed: edm2, scm"),
+        (latents_student(8), {"vae": source}, "an autoencoder of 4 latent channels, but the model's samples have 8"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            export(student, tmp_path / "p", **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no autoencoder in .*nowhere"):
+        export(latents_student(), tmp_path / "p", vae=tmp_path / "nowhere")
+    assert [p.name for p in tmp_path.iterdir()] == ["vae"]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +405,7 @@ def test_the_card_invents_nothing(make_teacher, tmp_path):
 
 def test_foreign_networks_cannot_be_exported(tmp_path):
     foreign = teachers.wrap(torch.nn.Conv2d(1, 1, 1), teachers.EDM, 0.5, (1, 8, 8))
-    with pytest.raises(ValueError, match="Conv2d was not made by teachers.networks.build"):
+    with pytest.raises(ValueError, match="Conv2d is not registered and cannot be saved as a model folder or exported"):
         export(foreign, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

@@ -13,9 +13,10 @@ from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from distill import cli, latents, precompute, shards
+from distill import cli, precompute, shards
 from distill.data import StepSampler, stored_data, training_data, training_loader
-from distill.latents import LatentNormalization, Latents, decode, encode, normalization
+from distill.latents import Latents
+from distill.normalization import NORMALIZATIONS, LatentNormalization, decode, encode, normalization
 from distill.precompute import precompute_latents
 from distill.recipe import DataConfig, parse_recipe
 from distill.run import check, run
@@ -93,14 +94,14 @@ def test_presets_are_those_of_their_papers():
         "scm": (-1.0, by_hand(z, [1.56, -0.695, 0.483, 0.729], [5.27, 5.91, 4.21, 4.31], 0.5)),
         "sd": (-1.0, z * 0.18215),
     }
-    assert latents.NORMALIZATIONS.keys() == expected.keys()
+    assert NORMALIZATIONS.keys() == expected.keys()
     for name, (low, x) in expected.items():
-        norm = latents.NORMALIZATIONS[name]
+        norm = NORMALIZATIONS[name]
         assert norm.image_low == low
         torch.testing.assert_close(norm(torch.tensor(z)), torch.tensor(x), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(norm.inverse(norm(torch.tensor(z))), torch.tensor(z), rtol=1e-12, atol=1e-12)
     # The constants as EDM2 rounds them.
-    edm2 = latents.NORMALIZATIONS["edm2"]
+    edm2 = NORMALIZATIONS["edm2"]
     assert np.round(edm2.scale, 4).tolist() == [0.1199, 0.1082, 0.1348, 0.1524]
     assert np.round(edm2.bias, 4).tolist() == [-0.6966, -0.3517, -0.0162, 0.3277]
 
@@ -128,7 +129,7 @@ def test_the_autoencoder_says_its_own_normalization(config, expected):
 def test_encode_and_decode_use_the_range_of_the_source(vae, name):
     pixels = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     inside = pixels / 255 if name == "edm2" else pixels / 127.5 - 1
-    norm = latents.NORMALIZATIONS[name]
+    norm = NORMALIZATIONS[name]
     mean, std = encode(vae, pixels / 127.5 - 1, norm)
     with torch.no_grad():
         posterior = vae.encode(inside).latent_dist
@@ -157,7 +158,7 @@ def test_the_cache_holds_every_image_in_order(inputs, cached, vae):
     images = precompute.load_images(DataConfig(str(inputs / "train.parquet")), 1)
     tensors = [load_file(path) for path in sorted(cached.glob("*.safetensors"))]
     assert [len(t["mean"]) for t in tensors] == [4, 4, 4, 4, 4, 2]
-    mean, std = encode(vae, torch.stack([images[i][0] for i in range(COUNT)]), latents.NORMALIZATIONS["scm"])
+    mean, std = encode(vae, torch.stack([images[i][0] for i in range(COUNT)]), NORMALIZATIONS["scm"])
     torch.testing.assert_close(torch.cat([t["mean"] for t in tensors]), mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([t["std"] for t in tensors]), std, rtol=1e-4, atol=1e-5)
     assert torch.cat([t["labels"] for t in tensors]).tolist() == [i % 3 for i in range(COUNT)]
@@ -235,7 +236,9 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
         assert error.startswith("error: ") and error.count("\n") == 1
         return error
 
-    assert "has no config.json; did you mean" in message(data, tmp_path / "out", "--vae", inputs)
+    assert "has no config.json" in message(data, tmp_path / "out", "--vae", tmp_path)
+    assert "'teacher' stands for samples" in message("teacher", tmp_path / "out", "--vae", inputs / "vae")
+    assert "hf://owner/name" in message(data, tmp_path / "out", "--vae", "hf://vae")
     broken = tmp_path / "broken"
     tiny_vae().save_pretrained(broken)
     weights = next(broken.glob("*.safetensors"))
@@ -244,6 +247,7 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
     (broken / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
     assert "supported: AutoencoderKL" in message(data, tmp_path / "out", "--vae", broken)
     assert "must be at least 1" in message(data, tmp_path / "out", "--vae", inputs / "vae", "--batch-size", 0)
+    assert "is not empty and not a folder of latents: it holds broken" in message(data, tmp_path, "--vae", inputs / "vae")
     write_images(tmp_path / "odd.parquet", 7)
     assert "7x7, the autoencoder needs multiples of 2" in message(
         tmp_path / "odd.parquet", tmp_path / "out", "--vae", inputs / "vae"
@@ -268,7 +272,7 @@ def test_noise_is_a_function_of_seed_epoch_and_row(cached):
     tensors = load_file(cached / "latents-00001.safetensors")
     data, row = Latents(cached, seed=3), 6
     draws = torch.stack([data[row + epoch * COUNT][0] for epoch in range(2000)])
-    norm = latents.NORMALIZATIONS["scm"]
+    norm = NORMALIZATIONS["scm"]
     mean, std = tensors["mean"][2], tensors["std"][2] * torch.tensor(norm.scale)[:, None, None]
     assert torch.equal(draws[5], Latents(cached, seed=3)[row + 5 * COUNT][0])
     assert not torch.equal(draws[5], Latents(cached, seed=4)[row + 5 * COUNT][0])

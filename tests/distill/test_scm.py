@@ -253,7 +253,7 @@ def test_guidance_range_reaches_teacher_and_student(make_teacher):
     teacher = make_teacher("SiT")
     student = teacher.student(guidance_embedding=True)
     objective = scm.Consistency(recipe(guidance_scale=[1.0, 3.0]), teacher)
-    scale = objective.sample_guidance(1000, generator(), "cpu")
+    scale = scm.sample_guidance(objective.recipe, 1000, generator(), "cpu")
     assert 1 <= scale.min() < 1.1 and 2.9 < scale.max() <= 3
     objective(student, student, X0, LABELS, 100, generator()).loss.backward()
     assert student.native.g_embedder.mlp[2].weight.grad.abs().max() > 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
+from support import UNET2D
 
 import distill
 import teachers
@@ -26,7 +28,7 @@ from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
 from distill.recipe import parse_recipe, to_dict
 from distill.run import check, main
-from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, trained_model
+from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, set_dropout, trained_model
 
 
 @pytest.fixture
@@ -118,13 +120,14 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
     _, values = world
     trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
     before = weights(trainer)
-    original = trainer.objective.__class__.__call__
+    objective = trainer.objectives[0][0]
+    original = objective.__class__.__call__
 
     def broken(self, *args):
         result = original(self, *args)
         return result._replace(loss=result.loss * float("nan"))
 
-    trainer.objective.__class__ = type("Broken", (trainer.objective.__class__,), {"__call__": broken})
+    objective.__class__ = type("Broken", (objective.__class__,), {"__call__": broken})
     with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
@@ -300,8 +303,38 @@ def test_a_foreign_network_is_distilled_in_memory(world, capsys):
     run = folder / "run"
     assert load_file(run / "student/model.safetensors").keys() == Foreign().state_dict().keys()
     assert not (run / "pipeline").exists() and not (run / "student/config.json").exists()
-    with pytest.raises(ValueError, match="Foreign was not made by"):
+    assert "warning: no pipeline will be written: Foreign is not registered and cannot be" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Foreign is not registered and cannot be saved as a model folder or exported"):
         model.export(folder / "pipeline")
+
+
+class Known(Foreign):
+    """Registered in a test; its constructor's argument only makes it a network to be built again."""
+
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x, time):
+        return super().forward(x, time) + self.slope * x
+
+
+def test_a_registered_network_is_distilled_saved_resumed_and_exported(world, registry, capsys):
+    folder, values = world
+    teachers.register(Known)
+    torch.manual_seed(0)
+    teachers.save_pretrained(teachers.wrap(Known(slope=0.5), teachers.EDM, 0.5, (1, 8, 8)), folder / "known", "teacher")
+    own = {"teacher": str(folder / "known"), "num_classes": None, "dropout": 0.0}
+    small = {"features": "pixels", "num_samples": 50, "teacher_steps": 0, "validation_samples": 0}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, **own, "evaluation": small}))
+    model = distill.from_pretrained(folder / "known").train(path, max_train_steps=2)
+    assert "no pipeline" not in capsys.readouterr().out and model.network.native.config == {"slope": 0.5}
+    images = model.sample(3, 2)
+    for place in ("run", "run/pipeline"):
+        assert torch.equal(distill.from_pretrained(folder / place).sample(3, 2), images)
+    again = run({**values, **own}, max_train_steps=4, resume_from_checkpoint="latest")
+    assert again.step == 4 and "resumed from" in capsys.readouterr().out
 
 
 class Rounded(torch.autograd.Function):
@@ -572,12 +605,21 @@ def test_a_teacher_gets_a_smooth_time_and_a_student_starts_from_it(world, capfd)
     assert trained_model(student).network.parameterization.time == "trigflow"
     with pytest.raises(ValueError, match="has a smooth time embedding already"):
         run(smooth, teacher=str(folder / "smooth"))
-    with pytest.raises(ValueError, match="student belongs to objective distillation"):
+    with pytest.raises(ValueError, match="student belongs to objectives distillation and vsd"):
         run(smooth, student=str(folder / "smooth"))
     with pytest.raises(ValueError, match="remove network"):
         run(smooth, network={"name": "SiT", "parameterization": "SIT", "config": {}})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(values, student=str(folder / "nowhere"))
+
+
+def test_dropout_of_a_network_of_diffusers_is_set_without_a_warning():
+    network = teachers.networks.build("DiffusersUNet2D", {"config": {**UNET2D, "dropout": 0.3}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_dropout(network, 0.2)
+    layers = [module.p for module in network.modules() if isinstance(module, torch.nn.Dropout)]
+    assert layers and set(layers) == {0.2}
 
 
 def test_label_dropout_needs_a_null_class(world, make_teacher):

@@ -245,7 +245,17 @@ def without(tensors, *names):
         (lambda t: t, {"family": "sit", "network_config": 3}, "network_config must be a mapping"),
         (lambda t: t, {"family": "sit", "network_config": {"num_heads": 2, "deep": 1}}, "SiT has no argument 'deep'"),
         (lambda t: t, {"family": "sit", "network_config": {"num_heads": 5}}, "not a multiple of 4 and of num_heads 5"),
-        (lambda t: t, {"family": "sit", "sigma_data": "one", **HEADS}, "sigma_data must be a positive number"),
+        (lambda t: t, {"family": "sit", "sigma_data": "one", **HEADS}, "pt.json: sigma_data must be a positive number"),
+        (lambda t: t, {"family": "sit", "sigma_data": True, **HEADS}, "sigma_data must be a positive number, got True"),
+        (lambda t: t, {"family": "sit", "sigma_data": float("inf"), **HEADS}, "sigma_data must be a positive number"),
+        (lambda t: t, {"family": ["sit"]}, r"family is \['sit'\]; allowed: sit, dit"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": "2"}}, "num_heads must be a whole number, got '2'"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": [2]}}, r"must be a whole number, got \[2\]"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": -2}}, "must be a whole number, got -2"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": 0}}, "an argument is 0 that must not be"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": 2, "mlp_ratio": "4"}}, "mlp_ratio must be a number"),
+        (lambda t: t, {"family": "sit", "network_config": {"num_heads": 2, "learn_sigma": "no"}},
+         "learn_sigma must be true or false, got 'no'"),
         (lambda t: without(t, "blocks.1.attn.proj.bias"), {"family": "sit", **HEADS},
          r"x.pt does not fit SiT: tensors 1 missing \(blocks.1.attn.proj.bias\)"),
         (lambda t: {**t, "extra.weight": torch.zeros(1)}, {"family": "sit", **HEADS}, r"1 unexpected \(extra.weight\)"),
@@ -377,3 +387,11 @@ def test_an_openai_file_becomes_a_teacher(tmp_path):
     teacher = teachers.load(tmp_path / "edm_cat64_ema.pt")
     assert (teacher.sample_shape, teacher.num_classes, teacher.sigma_data) == ((3, 64, 64), None, 0.5)
     assert all(torch.equal(p, q.float()) for p, q in zip(teacher.native.parameters(), native.parameters(), strict=True))
+    # Consistency models have the same tensors: only their names tell.
+    for name in ("cd_cat256_lpips.pt", "ct_imagenet64.pt"):
+        path = (tmp_path / "edm_cat64_ema.pt").rename(tmp_path / name)
+        with pytest.raises(ValueError, match="it is distilled already and has no PF-ODE"):
+            teachers.load(path)
+        hint(path, family="openai")
+        assert teachers.load(path).sample_shape == (3, 64, 64)
+        path.rename(tmp_path / "edm_cat64_ema.pt")

@@ -1,7 +1,9 @@
 """Teachers from diffusers pipeline folders, against the networks and schedulers of diffusers themselves."""
 
+import importlib
 import json
 import math
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,7 +13,9 @@ from support import DIT, UNET2D
 
 import teachers
 from distill.jvp import check_jvp, probe_jvp
-from teachers.diffusers import read_diffusers, scheduler_convention
+from teachers.diffusers import VP_PREDICTIONS, read_diffusers, scheduler_convention
+from teachers.pretrained import TOLERABLE_SPEED, time_embedding_speed
+from teachers.retrofit import retrofit
 
 UNET = {**UNET2D, "in_channels": 1, "out_channels": 1}
 
@@ -100,7 +104,7 @@ def edit(path, **changes):
     [
         ("model_index.json", {"scheduler": ["diffusers", "LCMScheduler"]}, "distilled already"),
         ("model_index.json", {"scheduler": ["diffusers", "NoScheduler"]}, "has no NoScheduler"),
-        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "is a UNet2DConditionModel; supported"),
+        ("model_index.json", {"unet": ["diffusers", "UNet1DModel"]}, "is a UNet1DModel; supported"),
         ("model_index.json", {"unet": ["my_code", "UNet"]}, "must be a class of diffusers"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
@@ -122,9 +126,43 @@ def test_a_time_embedding_that_cannot_be_differentiated_is_refused(tmp_path):
         teachers.load(tmp_path)
 
 
+def test_a_part_of_a_pipeline_is_not_a_teacher(tmp_path):
+    ddpm_pipeline(tmp_path / "ddpm")
+    for part in ("unet", "unet/diffusion_pytorch_model.safetensors", "unet/config.json", "scheduler"):
+        with pytest.raises(ValueError, match="it is a part of a pipeline: name its folder .*ddpm, whose scheduler"):
+            teachers.load(tmp_path / "ddpm" / part)
+    (tmp_path / "ddpm" / "model_index.json").unlink()
+    with pytest.raises(ValueError, match="part of a pipeline: name the pipeline's folder, whose scheduler"):
+        teachers.load(tmp_path / "ddpm" / "unet")
+
+
 def test_a_damaged_pipeline_is_one_sentence(tmp_path):
     ddpm_pipeline(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="unet cannot be read"):
         teachers.load(tmp_path)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("diffusers_teachers")
+
+
+@pytest.mark.parametrize("kind, prediction", [("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("dit", "v_prediction")])
+def test_the_benchmarks_teachers_are_read_and_can_be_retrofitted(benchmark, tmp_path, kind, prediction):
+    torch.manual_seed(0)
+    network, scheduler = benchmark.build(kind, prediction)
+    first = "conv_in.weight" if kind == "ddpm" else "pos_embed.proj.weight"
+    before = network.state_dict()[first].clone()
+    images, labels = torch.rand(8, 1, 28, 28) * 2 - 1, torch.arange(8)
+    benchmark.train(network, scheduler, images, labels, steps=2, batch_size=4)
+    benchmark.save(kind, network, scheduler, tmp_path)
+    teacher = teachers.load(tmp_path)
+    assert (teacher.sample_shape, teacher.num_classes) == ((1, 28, 28), 10)
+    assert teacher.sigma_data == 0.5  # pixels: the DiT's pipeline names a VAE, but has none
+    assert teacher.parameterization.prediction == VP_PREDICTIONS[prediction]
+    after = teacher.native.model.state_dict()[first]
+    assert torch.equal(after, network.state_dict()[first]) and not torch.equal(after, before)
+    assert time_embedding_speed(teacher) > TOLERABLE_SPEED > time_embedding_speed(retrofit(teacher))

@@ -218,7 +218,7 @@ def test_sizes_that_do_not_fit_are_one_sentence(make_teacher, kind, size):
 def test_null_class_of_song_unet_is_zeros(make_teacher):
     teacher = make_teacher("SongUNet")
     native, x, time = teacher.native, torch.randn(2, 1, 8, 8), torch.zeros(2)
-    torch.testing.assert_close(teacher.native_labels(torch.tensor([2, 3]), 2, "cpu"), torch.eye(4)[[2, 3], :3])
+    torch.testing.assert_close(teacher.native_condition(torch.tensor([2, 3]), x), torch.eye(4)[[2, 3], :3])
     torch.testing.assert_close(native(x, time), native(x, time, torch.zeros(2, 3)))
     assert (native(x, time) - native(x, time, torch.eye(3)[:2])).abs().max() > 1e-4
 
@@ -508,10 +508,14 @@ def test_lightning_dit_without_its_additions_is_sit():
         ("SongUNet", {**UNET, "img_resolution": 9}, "img_resolution 9 is not a multiple of 2"),
         ("SongUNet", {**UNET, "resample_filter": [1, 2, 1]}, "even number of taps"),
         ("SongUNet", {**UNET, "model_channels": 2}, "SongUNet cannot be built"),
-        ("SongUNet", {**UNET, "model_channels": "many"}, "SongUNet cannot be built"),
+        ("SongUNet", {**UNET, "model_channels": "many"}, "SongUNet: model_channels must be a whole number, got 'many'"),
+        ("SongUNet", {**UNET, "img_resolution": 8.5}, "SongUNet: img_resolution must be a whole number, got 8.5"),
+        ("SongUNet", {**UNET, "channel_mult": 2}, "SongUNet: channel_mult must be a list of numbers, got 2"),
+        ("SongUNet", {**UNET, "encoder_type": 2}, "SongUNet: encoder_type must be a word, got 2"),
+        ("DiffusersDiT", {"config": 2}, "DiffusersDiT: config must be a mapping, got 2"),
         ("SiT", {"input_size": 9, "patch_size": 2}, "input_size 9 is not a multiple of patch_size 2"),
         ("SiT", {"hidden_size": 32, "num_heads": 5}, "hidden_size 32 is not a multiple of 4 and of num_heads 5"),
-        ("SiT", {"hidden_size": -4, "num_heads": 2}, "SiT cannot be built"),
+        ("SiT", {"hidden_size": -4, "num_heads": 2}, "SiT: hidden_size must be a whole number, got -4"),
     ],
 )
 def test_bad_configs_are_one_sentence(name, config, message):

@@ -28,7 +28,12 @@ CONVENTIONS = [
     Parameterization("vp", "eps", "linear_beta", schedule=VP_SDE),
     Parameterization("vp", "eps", "cosine", schedule=COSINE),
     Parameterization("vp", "eps", "t", time_scale=1000.0),
-    *[Parameterization("vp", prediction, time) for prediction in ("eps", "v", "x0") for time in ("log_snr", "t")],
+    *[
+        Parameterization("vp", prediction, time)
+        for prediction in ("eps", "v", "x0", "score")
+        for time in ("log_snr", "t", "-2log(alpha)")
+    ],
+    Parameterization("vp", "score", "-2log(alpha)", time_scale=1000.0),
     *[
         Parameterization("flow", prediction, time, scale)
         for prediction in ("velocity", "-velocity")
@@ -119,6 +124,12 @@ ODES = {
         lambda t: math.atan(SD * math.tan(t)),
         lambda t: 1 / math.hypot(math.cos(t), SD * math.sin(t)),
     ),
+    "vp-sde with beta = 1: dy/dtau = -(y + score) / 2": (
+        Parameterization("vp", "score", "-2log(alpha)"),
+        lambda native, y, tau: -(y + native(y, full(tau))) / 2,
+        lambda t: math.log1p((SD * math.tan(t)) ** 2),
+        lambda t: 1 / math.hypot(math.cos(t), SD * math.sin(t)),
+    ),
     "flow: dy/ds = v": (
         teachers.RECTIFIED_FLOW,
         lambda native, y, s: native(y, full(s)),
@@ -186,6 +197,16 @@ def test_the_map_and_its_time_derivative_are_finite_on_the_sampling_range(p):
     x, u = torch.randn(2, len(t), 2, 1, 1, dtype=torch.float64)
     out = torch.func.jvp(lambda t: p.to_trigflow(u, x, t, p.coefficients(t, 0.5), 0.5), (t,), (t.cos() * t.sin(),))
     assert all(v.isfinite().all() for v in out)
+
+
+def test_the_map_of_a_score_is_finite_at_time_zero():
+    """At t = 0 ``b`` is cut off, and a score that stays finite there says ``F = -sigma score = 0``."""
+    p = Parameterization("vp", "score", "-2log(alpha)")
+    t = torch.zeros(2, dtype=torch.float64)
+    x, u = torch.randn(2, 2, 2, 1, 1, dtype=torch.float64)
+    c, tangents = torch.func.jvp(lambda t: p.coefficients(t, 0.5), (t,), (torch.ones_like(t),))
+    assert all(v.isfinite().all() for v in (*c, *tangents))
+    assert p.to_trigflow(u, x, t, c, 0.5).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("p", CONVENTIONS, ids=name)

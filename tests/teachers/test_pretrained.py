@@ -212,7 +212,7 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_foreign_modules_cannot_be_saved(tmp_path):
     foreign = teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.5, (1, 8, 8))
-    with pytest.raises(ValueError, match="Identity was not made by teachers.networks.build"):
+    with pytest.raises(ValueError, match="Identity is not registered and cannot be saved"):
         teachers.save_pretrained(foreign, tmp_path / "x", "teacher")
     assert not (tmp_path / "x").exists()
 

@@ -16,7 +16,8 @@ siblings, name = (getattr(sys.modules["teachers.probe"], key) for key in ("sibli
 SD = 0.9  # about that of the mixture
 EXACT = [
     teachers.EDM, teachers.EDM_DENOISER, teachers.TRIGFLOW, teachers.VP_EPS, teachers.VP_V, teachers.VP_X0,
-    Parameterization("vp", "eps", "t"), Parameterization("vp", "v", "t"), teachers.RECTIFIED_FLOW, teachers.SIT,
+    Parameterization("vp", "eps", "t"), Parameterization("vp", "v", "t"), Parameterization("vp", "score", "-2log(alpha)"),
+    Parameterization("vp", "score", "log_snr"), teachers.RECTIFIED_FLOW, teachers.SIT,
     Parameterization("flow", "velocity", "1-s"), Parameterization("flow", "-velocity", "s"),
     Parameterization("flow", "velocity", "s", time_scale=1000.0),
 ]  # fmt: skip
@@ -66,7 +67,8 @@ def test_errors_in_closed_form(points):
             return m + gain * (x - m)
 
     facts = teachers.probe(teachers.wrap(Linear(), teachers.EDM_DENOISER, SD, (2, 1, 1)), points)
-    assert all(abs(error - 1) < 0.05 for error in facts["denoising_error"].values()) and "fits" in facts["verdict"]
+    assert all(abs(error - 1) < 0.05 for error in facts["denoising_error"].values())
+    assert facts["verdict"].startswith("it denoises no better than knowing the data's mean and spread, so it is probably")
 
     class Zero(torch.nn.Module):
         def forward(self, x, sigma):
@@ -116,10 +118,23 @@ def test_guidance_is_left_out_and_nothing_is_changed(digits):
 
 
 @pytest.mark.parametrize("kind", ["SongUNet", "SiT"])
-def test_a_network_that_was_never_trained_is_not_refused(make_teacher, kind):
+def test_a_network_that_was_never_trained_is_told_and_not_refused(make_teacher, kind):
     images = 0.5 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for given in ((), (images, torch.arange(8) % 3)):
-        teachers.probe(make_teacher(kind), *given)
+        verdict = teachers.probe(make_teacher(kind), *given)["verdict"]
+        assert "probably untrained" in verdict or "it may be little trained" in verdict
+
+
+def test_a_new_network_of_edm_is_the_denoiser_that_knows_the_spread(make_teacher):
+    """Its last layer is zero, so it returns ``c_skip x``: error 1 on data of mean 0, whatever they are."""
+    teacher = make_teacher("SongUNet")
+    teacher.native.dec["8x8_aux_conv"].requires_grad_(False).weight.zero_()
+    teacher.native.dec["8x8_aux_conv"].bias.zero_()
+    images = 0.5 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for given in ((), (images,)):
+        facts = teachers.probe(teacher, *given)
+        assert all(abs(error - 1) < 0.1 for error in facts["denoising_error"].values())
+        assert "probably untrained" in facts["verdict"]
 
 
 class Table(torch.nn.Module):

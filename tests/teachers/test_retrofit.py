@@ -82,3 +82,40 @@ def test_what_cannot_be_retrofitted_says_so():
         retrofit(teachers.wrap(torch.nn.Linear(2, 2), teachers.EDM, 0.5, (2,)))
     with pytest.raises(ValueError, match="has a smooth time embedding already"):
         retrofit(retrofit(edm2_teacher()))
+
+
+@pytest.mark.parametrize("kind, argument", [("SiT", "qk_norm"), ("LightningDiT", "use_qknorm")])
+def test_queries_and_keys_are_normalised_by_the_same_route(tmp_path, kind, argument):
+    """At first attention is about as sharp as it was; with scales of 1 it is not."""
+    torch.manual_seed(0)
+    small = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    teacher = teachers.wrap(build(kind, {**small, "learn_sigma": False}), teachers.SIT, 0.5, (1, 8, 8), 3).eval()
+    for name, parameter in teacher.native.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += (0.6 if "qkv" in name else 0.3) * torch.randn(parameter.shape)
+    assert retrofit(teacher, qk_norm=True).native.config == {**teacher.native.config, argument: True, "trigflow_time": True}
+    smooth = retrofit(teacher)  # so that what is left is the normalisation's doing
+    changed, flat = retrofit(smooth, qk_norm=True), retrofit(smooth, qk_norm=True)
+    norms = [m for name, m in flat.native.named_modules() if name.endswith(("q_norm", "k_norm"))]
+    assert len(norms) == 4
+    for norm in norms:
+        norm.weight.data.fill_(1.0)
+    own, scaled, unscaled = velocities(smooth, changed, flat)
+    assert relative_error(scaled, own) < relative_error(unscaled, own)
+    teachers.save_pretrained(changed, tmp_path, "teacher")
+    assert torch.equal(velocities(teachers.load(tmp_path))[0], scaled)
+    with pytest.raises(ValueError, match="normalises its queries and keys already"):
+        retrofit(changed, qk_norm=True)
+
+
+def test_a_smooth_teacher_gets_the_normalisation_alone(make_teacher):
+    smooth = retrofit(make_teacher("SiT"))
+    changed = retrofit(smooth, qk_norm=True)
+    assert changed.parameterization == smooth.parameterization
+    old, new = smooth.native.state_dict(), changed.native.state_dict()
+    assert all(torch.equal(old[key], new[key]) for key in old) and new.keys() > old.keys()
+
+
+def test_only_transformers_have_queries_to_normalise(make_teacher):
+    with pytest.raises(ValueError, match="qk_norm is for SiT and LightningDiT: SongUNet has no such normalisation"):
+        retrofit(make_teacher("SongUNet"), qk_norm=True)

@@ -1,0 +1,121 @@
+"""Variational score distillation (VSD, Diff-Instruct, DMD), the baseline that consistency models are compared with.
+
+The student is a generator: its samples are to have the score of the teacher's. A second network, the fake score, starts from
+the teacher and follows the samples' own distribution ``q`` by the diffusion loss; the difference of the two at a noised
+sample is the gradient. In TrigFlow (arXiv 2410.11081, appendix C)
+
+    grad log q_t - grad log p_t = cos(t) / (sigma_data sin(t)) (F_teacher - F_fake),
+
+so a sample moves along ``F_fake - F_teacher``. The two published forms differ in its weight: the paper's adaptive one learns
+``w(t)``; DMD (arXiv 2311.18828) takes the difference of the denoisers, ``sigma_data sin(t) (F_teacher - F_fake)``, over the
+mean of ``|x - D_teacher|``.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill import trigflow
+from distill.objectives.scm import AdaptiveWeighting, Loss, autocast, mean_square, sample_guidance, weighted_loss
+from distill.recipe import Recipe
+from distill.sampling import consistency_sample
+from distill.schedule import student_times
+from teachers import Teacher
+from teachers.condition import Condition
+
+
+class VSD:
+    """The generator's loss.
+
+    Args:
+        recipe: the experiment; its ``vsd`` section is used throughout.
+        teacher: frozen, with its guidance.
+        fake: the fake score, of the same parameterization, without guidance. It is read here, and trained by
+            :class:`FakeScore`.
+    """
+
+    def __init__(self, recipe: Recipe, teacher: Teacher, fake: Teacher):
+        self.recipe, self.teacher, self.fake = recipe, teacher, fake
+        self.weighting = AdaptiveWeighting() if recipe.vsd.weighting == "adaptive" else None
+
+    def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
+        """One step's loss, with the arguments of :class:`distill.objectives.scm.Consistency`; of the images ``x0`` only
+        number and shape are used.
+        """
+        p = self.recipe.vsd
+        guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
+        x = generate_samples(student, network, self.recipe, x0.shape, labels, guidance, generator, x0.device)
+        t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, self.recipe.sigma_data, generator).float().to(x0.device)
+        difference, denoised = self.score_difference(x.detach(), t, labels, guidance, generator)
+        logs = {"score_difference": mean_square(difference).sqrt().mean()}
+        if p.weighting == "adaptive":
+            # Equation of appendix C: the gradient of ||x - x^- + F_teacher - F_fake||^2 is that of their product.
+            error = mean_square(x - x.detach() + difference)
+            return Loss(weighted_loss(error, t, self.weighting), logs)
+        scale = (x.detach() - denoised).abs().flatten(1).mean(1).clamp(min=1e-8)
+        step_ = trigflow.expand(self.recipe.sigma_data * t.sin() / scale, x) * difference
+        return Loss(mean_square(x - x.detach() + step_).mean() / 2, logs)
+
+    @torch.no_grad()
+    def score_difference(self, x: Tensor, t: Tensor, labels, guidance, generator) -> tuple[Tensor, Tensor]:
+        """``F_teacher - F_fake`` at the samples ``x`` ``(B, C, H, W)`` with noise of times ``t`` ``(B,)``, and what the
+        teacher denoises them to.
+        """
+        sd = self.recipe.sigma_data
+        z = sd * torch.randn(x.shape, generator=generator).to(x)
+        x_t = trigflow.perturb(x, z, t)
+        own = guidance if self.fake.accepts_guidance else None
+        with autocast(self.recipe, x.device):
+            F_teacher = self.teacher(x_t, t, labels, guidance).to(x.dtype)
+            F_fake = self.fake(x_t, t, labels, own).to(x.dtype)
+        return F_teacher - F_fake, trigflow.consistency_function(x_t, F_teacher, t, sd)
+
+
+class FakeScore:
+    """The fake score's loss: the diffusion loss (equation 4) on samples of the student as they are now.
+
+    Args:
+        recipe: the experiment.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.weighting = AdaptiveWeighting() if recipe.vsd.weighting == "adaptive" else None
+
+    def __call__(self, fake: nn.Module, network: Teacher, x0, labels, generator) -> Tensor:
+        """A scalar to minimise.
+
+        Args:
+            fake: the prepared network whose forward is differentiated.
+            network: the student, unwrapped.
+        """
+        p, sd = self.recipe.vsd, self.recipe.sigma_data
+        guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
+        with torch.no_grad():
+            x = generate_samples(network, network, self.recipe, x0.shape, labels, guidance, generator, x0.device)
+        t = trigflow.sample_times(len(x), p.fake_p_mean, p.fake_p_std, sd, generator).float().to(x.device)
+        z = sd * torch.randn(x.shape, generator=generator).to(x)
+        error = mean_square(fake(trigflow.perturb(x, z, t), t, labels, guidance) - trigflow.velocity(x, z, t) / sd)
+        return weighted_loss(error, t, self.weighting)
+
+
+def generate_samples(
+    student: nn.Module, network: Teacher, recipe: Recipe, shape: tuple[int, ...], labels: Condition | None,
+    guidance: Tensor | None, generator: torch.Generator, device,
+) -> Tensor:  # fmt: skip
+    """Samples ``(B, C, H, W)`` as the student would draw them, in up to ``vsd.steps`` steps; only the last one, of
+    ``student``, is differentiated.
+
+    Of more than one step a random one is the last (backward simulation, DMD2, arXiv 2405.14867, section 4.4), so that every
+    step learns from the inputs that it will have.
+    """
+    sd = recipe.sigma_data
+    times = student_times(recipe.vsd.steps, sd)
+    last = int(torch.randint(len(times), (1,), generator=generator))
+    noise = lambda: sd * torch.randn(shape, generator=generator).to(device)  # noqa: E731
+    x_t, t = noise(), torch.full((shape[0],), times[last], device=device)
+    with autocast(recipe, device):
+        if last > 0:
+            F = lambda x, s: network(x, s, labels, guidance).to(x.dtype)  # noqa: E731
+            x_t = trigflow.perturb(consistency_sample(F, noise, times[:last], sd), x_t, t)
+    F = student(x_t, t, labels, guidance)
+    return trigflow.consistency_function(x_t, F.to(x_t.dtype), t, sd)
