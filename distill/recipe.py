@@ -154,14 +154,14 @@ class Recipe:
     label_dropout: float = 0.1  # objective diffusion: how often a label becomes the null class
     stable_targets: bool = False  # objective diffusion: targets averaged over the data set (arXiv 2302.00670)
     velocity_teacher: str | None = None  # objective diffusion: the network whose velocity is the target; null: the data's
-    student: str | None = None  # distillation: the network to start from, such as a retrofitted one; null: the teacher's
-    lora: LoRAConfig | None = None  # distillation and training: train adapters of the teacher only; null: all weights
+    student: str | None = None  # distillation, vsd: the network to start from, as a retrofitted one; null: the teacher's
+    lora: LoRAConfig | None = None  # consistency objectives, vsd: train adapters of the teacher only; null: all weights
     qk_norm: bool = False  # retrofit: also normalise the queries and keys of a transformer
     max_velocity_error: float = 0.01  # retrofit: train until the mean squared velocity error, relative to F's, is this low
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
-    vsd: VSDConfig | None = None
+    vsd: VSDConfig | None = None  # vsd, and distillation, to whose loss it is added
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: list[EMAConfig] = field(default_factory=lambda: [EMAConfig(half_life_images=500_000)])
     checkpointing_steps: int = 500

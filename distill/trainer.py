@@ -289,12 +289,9 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     return kinds[config.name](parameters, weight_decay=config.weight_decay, **kwargs)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
-    """Give the optimizer the learning rate of the step after ``step`` steps, which is returned."""
-    value = learning_rate(recipe.optimizer, step, recipe.max_train_steps)
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value
-    return value
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -335,7 +332,7 @@ class FakeNetwork:
     def __init__(self, accelerator: Accelerator, recipe: Recipe, pretrained: Teacher):
         network = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
         set_dropout(network.native, recipe.dropout)
-        self.objective = FakeScore(recipe)
+        self.accelerator, self.objective = accelerator, FakeScore(recipe)
         self.prepared, self.optimizer = prepare(accelerator, network, recipe.optimizer, [self.objective])
         self.network = accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
         self.network.train(recipe.dropout > 0)
@@ -344,8 +341,10 @@ class FakeNetwork:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every module whose weights a checkpoint holds, by file name."""
-        weighting = {} if self.objective.weighting is None else {"fake-weighting": self.objective.weighting}
-        return {"fake": self.network.native, **weighting}
+        modules = {"fake": self.network.native}
+        if self.objective.weighting is not None:
+            modules["fake-weighting"] = self.accelerator.unwrap_model(self.objective.weighting)
+        return modules
 
 
 def build_objectives(recipe: Recipe, teacher: Teacher | None, fake: FakeNetwork | None) -> list[tuple]:
@@ -573,10 +572,12 @@ class Trainer:
         before, on the same labels.
         """
         parts = [self.to_device(*next(batches)) for _ in range(self.recipe.gradient_accumulation_steps)]
-        learning_rate = set_learning_rate(self.optimizer, self.recipe, self.step)
+        rate = learning_rate(self.recipe.optimizer, self.step, self.recipe.max_train_steps)
+        set_learning_rate(self.optimizer, rate)
         logs, finite = {}, True
         if self.fake is not None:
-            finite, logs = self.train_fake(parts, learning_rate)
+            set_learning_rate(self.fake.optimizer, rate * self.fake.relative_learning_rate)
+            finite, logs = self.train_fake(parts)
         losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
         values = mean_logs(losses, len(parts))
         stepped, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
@@ -613,11 +614,9 @@ class Trainer:
         torch.manual_seed(seed)
         return torch.Generator().manual_seed(seed)
 
-    def train_fake(self, parts: list, learning_rate: float) -> tuple[bool, dict[str, Tensor]]:
+    def train_fake(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[bool, dict[str, Tensor]]:
         """The fake score's updates of one step: whether all were finite, and what to log."""
         fake, finite = self.fake, True
-        for group in fake.optimizer.param_groups:
-            group["lr"] = learning_rate * fake.relative_learning_rate
         for update in range(self.recipe.vsd.fake_updates):
             losses = []
             for number, (x0, labels) in enumerate(parts):

@@ -68,3 +68,21 @@ def import_file(path: Path) -> ModuleType:
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class ExactGaussian(nn.Module):
+    """TrigFlow network of ``N(0, s^2)`` data for ``sigma_data`` 0.5, with ``s`` to learn: the PF-ODE's velocity, or the exact
+    consistency function.
+    """
+
+    def __init__(self, consistency: bool, s: float = 0.3):
+        super().__init__()
+        self.consistency, self.s = consistency, nn.Parameter(torch.tensor(s, dtype=torch.float64))
+
+    def forward(self, x, time):
+        sd, t = 0.5, time.view(-1, 1, 1, 1)
+        x_t = x * sd
+        variance = (self.s * t.cos()).square() + (sd * t.sin()).square()
+        if self.consistency:
+            return (t.cos() * x_t - self.s * x_t / variance.sqrt()) / (t.sin() * sd)
+        return (sd**2 - self.s**2) * t.sin() * t.cos() * x_t / (variance * sd)

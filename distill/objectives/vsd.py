@@ -29,8 +29,8 @@ class VSD:
     Args:
         recipe: the experiment; its ``vsd`` section is used throughout.
         teacher: frozen, with its guidance.
-        fake: the fake score, of the same parameterization, without guidance. It is read here, and trained by
-            :class:`FakeScore`.
+        fake: the fake score, of the same parameterization, without guidance; over a range of scales it has the scale as an
+            input, since the samples differ by it. It is read here, and trained by :class:`FakeScore`.
     """
 
     def __init__(self, recipe: Recipe, teacher: Teacher, fake: Teacher):
@@ -47,13 +47,13 @@ class VSD:
         t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, self.recipe.sigma_data, generator).float().to(x0.device)
         difference, denoised = self.score_difference(x.detach(), t, labels, guidance, generator)
         logs = {"score_difference": mean_square(difference).sqrt().mean()}
+        # x - x^- is 0, so the gradient of ||x - x^- + direction||^2 / 2 by x is the direction itself.
+        moved = x - x.detach()
         if p.weighting == "adaptive":
-            # Equation of appendix C: the gradient of ||x - x^- + F_teacher - F_fake||^2 is that of their product.
-            error = mean_square(x - x.detach() + difference)
-            return Loss(weighted_loss(error, t, self.weighting), logs)
+            return Loss(weighted_loss(mean_square(moved + difference), t, self.weighting), logs)
         scale = (x.detach() - denoised).abs().flatten(1).mean(1).clamp(min=1e-8)
-        step_ = trigflow.expand(self.recipe.sigma_data * t.sin() / scale, x) * difference
-        return Loss(mean_square(x - x.detach() + step_).mean() / 2, logs)
+        direction = trigflow.expand(self.recipe.sigma_data * t.sin() / scale, x) * difference
+        return Loss(mean_square(moved + direction).mean() / 2, logs)
 
     @torch.no_grad()
     def score_difference(self, x: Tensor, t: Tensor, labels, guidance, generator) -> tuple[Tensor, Tensor]:
@@ -63,10 +63,9 @@ class VSD:
         sd = self.recipe.sigma_data
         z = sd * torch.randn(x.shape, generator=generator).to(x)
         x_t = trigflow.perturb(x, z, t)
-        own = guidance if self.fake.accepts_guidance else None
         with autocast(self.recipe, x.device):
             F_teacher = self.teacher(x_t, t, labels, guidance).to(x.dtype)
-            F_fake = self.fake(x_t, t, labels, own).to(x.dtype)
+            F_fake = self.fake(x_t, t, labels, guidance).to(x.dtype)
         return F_teacher - F_fake, trigflow.consistency_function(x_t, F_teacher, t, sd)
 
 
@@ -111,11 +110,16 @@ def generate_samples(
     sd = recipe.sigma_data
     times = student_times(recipe.vsd.steps, sd)
     last = int(torch.randint(len(times), (1,), generator=generator))
-    noise = lambda: sd * torch.randn(shape, generator=generator).to(device)  # noqa: E731
+
+    def noise() -> Tensor:
+        return sd * torch.randn(shape, generator=generator).to(device)
+
+    def earlier_step(x: Tensor, s: Tensor) -> Tensor:
+        with autocast(recipe, device):
+            return network(x, s, labels, guidance).to(x.dtype)
+
     x_t, t = noise(), torch.full((shape[0],), times[last], device=device)
-    with autocast(recipe, device):
-        if last > 0:
-            F = lambda x, s: network(x, s, labels, guidance).to(x.dtype)  # noqa: E731
-            x_t = trigflow.perturb(consistency_sample(F, noise, times[:last], sd), x_t, t)
+    if last > 0:
+        x_t = trigflow.perturb(consistency_sample(earlier_step, noise, times[:last], sd), x_t, t)
     F = student(x_t, t, labels, guidance)
     return trigflow.consistency_function(x_t, F.to(x_t.dtype), t, sd)

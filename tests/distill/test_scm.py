@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from support import ExactGaussian
 from torch import nn
 
 import teachers
@@ -64,23 +65,6 @@ def test_discrete_tangent_approaches_the_continuous_one(make_teacher):
             _, d = objective.discrete_tangent(student, x_t, t, t - step, dx_dt, LABELS, None, r, None)
             errors.append((d - g).norm() / g.norm())
         assert errors[1] < 0.01 and errors[0] / errors[1] > 5
-
-
-class ExactGaussian(nn.Module):
-    """TrigFlow network of ``N(0, s^2)`` data: the PF-ODE's velocity, or the exact consistency function."""
-
-    s = 0.3
-
-    def __init__(self, consistency):
-        super().__init__()
-        self.consistency = consistency
-
-    def forward(self, x, time):
-        t, x = time.view(-1, 1, 1, 1), x * SD
-        variance = (self.s * t.cos()).square() + (SD * t.sin()).square()
-        if self.consistency:
-            return (t.cos() * x - self.s * x / variance.sqrt()) / (t.sin() * SD)
-        return (SD**2 - self.s**2) * t.sin() * t.cos() * x / (variance * SD)
 
 
 def exact_gaussian():

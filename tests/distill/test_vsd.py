@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from torch import nn
+from support import ExactGaussian
 
 import teachers
 from distill import trigflow
@@ -21,32 +21,6 @@ BASE = dict(
     objective="vsd", output_dir="x", sigma_data=SD, max_train_steps=1, train_batch_size=4, sample_shape=list(SHAPE),
     teacher="x", data="mnist",
 )  # fmt: skip
-
-
-class GaussianVelocity(nn.Module):
-    """The PF-ODE's ``F`` of ``N(0, s^2)`` data, with ``s`` to learn."""
-
-    def __init__(self, s):
-        super().__init__()
-        self.s = nn.Parameter(torch.tensor(s, dtype=torch.float64))
-
-    def forward(self, x, time):
-        t, x_t = time.view(-1, 1, 1, 1), x * SD
-        variance = (self.s * t.cos()).square() + (SD * t.sin()).square()
-        return (SD**2 - self.s**2) * t.sin() * t.cos() * x_t / (variance * SD)
-
-
-class GaussianGenerator(nn.Module):
-    """A consistency function that makes ``N(0, s^2)`` of noise at ``t_max``: ``f = s x_t / sd(x_t)``."""
-
-    def __init__(self, s):
-        super().__init__()
-        self.s = nn.Parameter(torch.tensor(s, dtype=torch.float64))
-
-    def forward(self, x, time):
-        t, x_t = time.view(-1, 1, 1, 1), x * SD
-        spread = ((self.s * t.cos()).square() + (SD * t.sin()).square()).sqrt()
-        return (t.cos() * x_t - self.s * x_t / spread) / (SD * t.sin())
 
 
 def wrap(network):
@@ -67,7 +41,7 @@ X0 = torch.zeros(64, *SHAPE, dtype=torch.float64)
 def test_the_score_difference_is_that_of_the_two_densities():
     """``cos t / (sd sin t) (F_teacher - F_fake) = grad log q_t - grad log p_t`` at ``x_t``, both Gaussian."""
     p, q = 0.3, 0.4
-    objective = VSD(recipe(), wrap(GaussianVelocity(p)), wrap(GaussianVelocity(q)))
+    objective = VSD(recipe(), wrap(ExactGaussian(False, p)), wrap(ExactGaussian(False, q)))
     x, t = q * torch.randn(64, *SHAPE, dtype=torch.float64, generator=noise(3)), torch.linspace(0.1, 1.5, 64).double()
     difference, denoised = objective.score_difference(x, t, None, None, noise(4))
     t = trigflow.expand(t, x)
@@ -81,8 +55,8 @@ def test_the_score_difference_is_that_of_the_two_densities():
 @pytest.mark.parametrize("weighting", ["adaptive", "dmd"])
 @pytest.mark.parametrize("s", [0.2, 0.3, 0.45])
 def test_the_gradient_vanishes_where_the_densities_agree_and_points_there_elsewhere(weighting, s):
-    generator = GaussianGenerator(s)
-    objective = VSD(recipe(weighting=weighting), wrap(GaussianVelocity(0.3)), wrap(GaussianVelocity(s)))
+    generator = ExactGaussian(True, s)
+    objective = VSD(recipe(weighting=weighting), wrap(ExactGaussian(False, 0.3)), wrap(ExactGaussian(False, s)))
     student = wrap(generator)
     objective(student, student, X0, None, 0, noise()).loss.backward()
     if s == 0.3:
@@ -93,11 +67,12 @@ def test_the_gradient_vanishes_where_the_densities_agree_and_points_there_elsewh
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_two_networks_find_the_teachers_distribution(steps):
-    """Both trained in turn, from wrong starts, as the trainer does."""
+    """Both trained in turn, from wrong starts, as the trainer does; they then circle around it."""
     parsed = recipe(weighting="dmd", steps=steps, p_std=1.0, fake_p_std=1.0, p_mean=-1.0)
-    student, fake = wrap(GaussianGenerator(0.5)), wrap(GaussianVelocity(0.5))
-    objective, fake_objective = VSD(parsed, wrap(GaussianVelocity(0.3)), fake), FakeScore(parsed)
+    student, fake = wrap(ExactGaussian(True, 0.5)), wrap(ExactGaussian(False, 0.5))
+    objective, fake_objective = VSD(parsed, wrap(ExactGaussian(False, 0.3)), fake), FakeScore(parsed)
     student_step, fake_step = (torch.optim.Adam(n.parameters(), lr=0.01, betas=(0.5, 0.9)) for n in (student, fake))
+    spreads = []
     for step in range(300):
         for optimizer, loss in (
             (fake_step, lambda n: fake_objective(fake, student, X0, None, n)),
@@ -106,11 +81,12 @@ def test_the_two_networks_find_the_teachers_distribution(steps):
             optimizer.zero_grad()
             loss(noise(step)).backward()
             optimizer.step()
-    assert abs(student.native.s.item() - 0.3) < 0.04 and abs(fake.native.s.item() - 0.3) < 0.04
+        spreads.append([student.native.s.item(), fake.native.s.item()])
+    assert torch.tensor(spreads[-100:]).mean(0).tolist() == pytest.approx([0.3, 0.3], abs=0.02)
 
 
 def test_samples_are_those_of_the_multistep_sampler_and_only_the_last_step_is_differentiated():
-    student, parsed = wrap(GaussianGenerator(0.3)), recipe(steps=3)
+    student, parsed = wrap(ExactGaussian(True, 0.3)), recipe(steps=3)
     times, seen = student_times(3, SD), set()
     for seed in range(12):
         calls = []
@@ -133,9 +109,9 @@ def test_samples_are_those_of_the_multistep_sampler_and_only_the_last_step_is_di
 
 def test_the_fake_score_follows_the_samples():
     """Its loss is least for the network of the samples' own distribution."""
-    student, objective = wrap(GaussianGenerator(0.3)), FakeScore(recipe(weighting="dmd"))
+    student, objective = wrap(ExactGaussian(True, 0.3)), FakeScore(recipe(weighting="dmd"))
     x0 = torch.zeros(4096, *SHAPE)
-    losses = {s: objective(wrap(GaussianVelocity(s)), student, x0, None, noise()).item() for s in (0.25, 0.3, 0.36)}
+    losses = {s: objective(wrap(ExactGaussian(False, s)), student, x0, None, noise()).item() for s in (0.25, 0.3, 0.36)}
     assert min(losses, key=losses.get) == 0.3
 
 
@@ -199,23 +175,19 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(values, tmp_path, ch
 def test_the_sum_has_the_gradients_of_both(values):
     """One backward pass after the other leaves the sum of the two gradients."""
 
-    def gradients(**changes):
-        trainer = Trainer(parse_recipe({**values, "tangent": {"warmup_steps": 0}, **changes}, "test"))
-        trainer.objectives = [pair for pair in trainer.objectives if changes.pop("only", type(pair[0])) is type(pair[0])]
-        labels = torch.tensor([0, 1, 2, 0])
-        trainer.backward(0, torch.randn(4, 1, 8, 8, generator=noise(5)), labels)
-        return torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None]), trainer
-
-    both, trainer = gradients(objective="distillation", vsd={"weight": 0.25})
+    changes = {"objective": "distillation", "vsd": {"weight": 0.25}, "tangent": {"warmup_steps": 0}}
+    trainer = Trainer(parse_recipe({**values, **changes}, "test"))
+    x0, labels = torch.randn(4, 1, 8, 8, generator=noise(5)), torch.tensor([0, 1, 2, 0])
+    trainer.backward(0, x0, labels)
+    both = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
     (consistency, _), (vsd, weight) = trainer.objectives
     assert weight == 0.25
-    x0, labels = torch.randn(4, 1, 8, 8, generator=noise(5)), torch.tensor([0, 1, 2, 0])
     generator = trainer.seeded(0)
     trainer.network.zero_grad()
     total = consistency(trainer.prepared, trainer.network, x0, labels, 0, generator).loss
     total = total + 0.25 * vsd(trainer.prepared, trainer.network, x0, labels, 0, generator).loss
     total.backward()
-    expected = torch.cat([p.grad.flatten() for p in trainer.network.parameters() if p.grad is not None])
+    expected = [p.grad for p in trainer.network.parameters() if p.grad is not None]
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-6)
 
 

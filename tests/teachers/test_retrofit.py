@@ -108,6 +108,20 @@ def test_queries_and_keys_are_normalised_by_the_same_route(tmp_path, kind, argum
         retrofit(changed, qk_norm=True)
 
 
+def test_the_scales_are_the_spread_of_queries_and_keys():
+    """Where that is the same everywhere, normalising changes nothing: queries of +-2, keys of +-3, whatever the image."""
+    small = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    native = build("SiT", small)
+    qkv = native.blocks[0].attn.qkv
+    signs = torch.tensor([1.0, -1.0]).repeat(8)
+    qkv.weight.data.zero_()
+    qkv.bias.data.copy_(torch.cat([2 * signs, 3 * signs, torch.zeros(16)]))
+    attn = retrofit(teachers.wrap(native, teachers.SIT, 0.5, (1, 8, 8), 3).eval(), qk_norm=True).native.blocks[0].attn
+    for norm, spread in ((attn.q_norm, 2), (attn.k_norm, 3)):
+        heads = spread * signs.view(2, 8)
+        torch.testing.assert_close(norm(heads), heads, rtol=1e-4, atol=0)
+
+
 def test_a_smooth_teacher_gets_the_normalisation_alone(make_teacher):
     smooth = retrofit(make_teacher("SiT"))
     changed = retrofit(smooth, qk_norm=True)
