@@ -71,7 +71,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 class ExactGaussian(nn.Module):
-    """TrigFlow network of ``N(0, s^2)`` data for ``sigma_data`` 0.5, with ``s`` to learn: the PF-ODE's velocity, or the exact
+    """TrigFlow network of ``N(0, s^2)`` data for ``sigma_data`` 0.5, ``s`` to be learned: the velocity, or the exact
     consistency function.
     """
 
