@@ -15,6 +15,7 @@ from PIL import Image
 import distill
 import teachers
 from distill import cli, run
+from distill.recipe import load_recipe
 from distill.sampling import generate
 from distill.schedule import student_times
 
@@ -183,26 +184,34 @@ def test_recipe_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1 and message in captured.err
 
 
+# Recipes for a model that is not here -> its name, and what they say of it.
 ELSEWHERE = {
-    "cifar10.yaml": "edm-cifar10-32x32-uncond-vp", "imagenet64.yaml": "edm2-img64-s",
-    "sd3.yaml": "stable-diffusion-3-medium",
+    "cifar10.yaml": ("edm-cifar10-32x32-uncond-vp", "not run here"), "imagenet64.yaml": ("edm2-img64-s", "not run here"),
+    "imagenet512-vsd.yaml": ("edm2-img512-s", "not run here"), "sd3.yaml": ("stable-diffusion-3-medium", "not run here"),
+    "mnist-edm2.yaml": ("runs/mnist-edm2-retrofit", "first run mnist-edm2-retrofit.yaml"),
+    "families/ddpm-retrofit.yaml": ("runs/teachers/ddpm", "benchmarks/diffusers_teachers.py ddpm"),
+    "families/ddpm.yaml": ("runs/teachers/ddpm", "families/ddpm-retrofit.yaml"),
+    "families/dit-retrofit.yaml": ("runs/teachers/dit", "benchmarks/diffusers_teachers.py dit"),
+    "families/dit.yaml": ("runs/teachers/dit", "families/dit-retrofit.yaml"),
 }  # fmt: skip
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", [str(p) for p in RECIPES if p.name not in ELSEWHERE])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ELSEWHERE])
 def test_check_passes_every_recipe_and_trains_nothing(recipe, capsys, tmp_path):
-    assert run.main([recipe, "--check", f"output_dir={tmp_path / 'run'}"]) == 0
+    path = ROOT / "recipes" / recipe
+    assert run.main([str(path), "--check", f"output_dir={tmp_path / 'run'}"]) == 0
     printed = capsys.readouterr().out
     assert "recipe is valid" in printed and "for activations" in printed and not list(tmp_path.iterdir())
-    assert ("derivative along the PF-ODE" in printed) == ("teachers/" not in recipe)
+    assert ("derivative along the PF-ODE" in printed) == (load_recipe(path).objective in ("distillation", "training"))
 
 
-@pytest.mark.parametrize("recipe, teacher", ELSEWHERE.items())
-def test_a_recipe_for_a_teacher_that_is_not_here_says_which(recipe, teacher, capsys):
-    assert run.main([recipe, "--check"]) == 1
+@pytest.mark.parametrize("recipe, missing, note", [(name, *rest) for name, rest in ELSEWHERE.items()])
+def test_a_recipe_for_a_model_that_is_not_here_says_which(recipe, missing, note, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.main([str(ROOT / "recipes" / recipe), "--check"]) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"no model {teacher!r}" in error and "not run here" in error
+    assert error.count("\n") == 1 and f"no model {missing!r}" in error and note in error
 
 
 @pytest.fixture
