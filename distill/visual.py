@@ -41,13 +41,18 @@ def save_grid(rows: list[Tensor], path: Path, scale: int = 2, padding: int = 1) 
 
 
 def labelled_grid(rows: dict[str, Tensor], path: Path, title: str) -> None:
-    """One labelled row of images a model, as a figure."""
+    """One labelled row of images ``(N, C, H, W)`` in [-1, 1] a model, as a figure."""
+    save_strips({name: to_uint8(visible(images)) for name, images in rows.items()}, path, title)
+
+
+def save_strips(rows: dict[str, np.ndarray], path: Path, title: str) -> None:
+    """One labelled row of images, uint8 ``(N, H, W, C)``, a model, as a figure."""
     plt = pyplot()
-    height, width = next(iter(rows.values())).shape[-2:]
+    height, width = next(iter(rows.values())).shape[1:3]
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.55 * columns + 2.2, 0.62 * len(rows) + 0.6), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
-        strip = rearrange(to_uint8(visible(images)), "n h w c -> h (n w) c")
+        strip = rearrange(images, "n h w c -> h (n w) c")
         axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", interpolation="nearest")
         axis.set_xticks(np.arange(1, columns) * width - 0.5, [])
         axis.set_yticks([height / 2], [name], fontsize=8)

@@ -214,6 +214,11 @@ def training_and_held_out(train: Images, test: Images | None = None) -> tuple[Te
     return pixels[held:], (pixels[:held], None if labels is None else labels[:held])
 
 
+def held_out_images(splits: list[Images]) -> tuple[Tensor, Tensor | None]:
+    """The images behind ``Reference.held_out``, in its order, and their labels."""
+    return shuffled(splits[1]) if len(splits) == 2 else training_and_held_out(*splits)[1]
+
+
 def shuffled(images: Images) -> tuple[Tensor, Tensor | None]:
     """All images and their labels, if they have some, in one fixed random order."""
     pixels, labels = as_tensors(images)

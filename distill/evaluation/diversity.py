@@ -78,7 +78,8 @@ def nearest_distances(features: Tensor, training: Tensor) -> tuple[Tensor, Tenso
     The nearest one is looked for in fp32, for half the time; the distance to it is exact.
     """
     check_pair(training, features, minimum=1)
-    indices = torch.cat([torch.cdist(rows, training.float()).argmin(dim=1) for rows in features.float().split(metrics.CHUNK)])
+    parts = features.float().split(metrics.CHUNK)
+    indices = torch.cat([torch.cdist(part, training.float()).argmin(dim=1) for part in parts])
     return (features.double() - training[indices].double()).norm(dim=1), indices
 
 

@@ -67,6 +67,17 @@ def test_manifold_metrics_equal_brute_force(monkeypatch, k):
     assert np.allclose(got, brute(REAL, FAKE, k), atol=1e-12)
 
 
+def test_neighbourhoods_hold_the_same_metrics_for_several_k(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 64)
+    found = metrics.neighbourhoods(REAL, FAKE, (3, 5), metrics.neighbour_distances(REAL, 5))
+    for k in (3, 5):
+        precision, recall, density, coverage = brute(REAL, FAKE, k)
+        assert np.allclose([found.inside[k].double().mean(), found.covered[k].double().mean()], [precision, recall])
+    assert np.allclose([found.density.double().mean(), found.held.double().mean()], [density, coverage])
+    apart = (FAKE[:, None] - FAKE).norm(dim=2).fill_diagonal_(math.inf)
+    torch.testing.assert_close(found.nearest, apart.min(1).values)
+
+
 def test_a_dropped_mode_costs_recall_and_outliers_cost_precision():
     modes = torch.cat([REAL[:150], REAL[150:] + 100])
     precision, recall = metrics.precision_recall(modes, modes[:150] + 0.01)
