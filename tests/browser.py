@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ class Browser:
         # The protocol is spoken on descriptors 3 and 4.
         start = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
         self.process = subprocess.Popen(
-            ["bash", "-c", start, "bash", chromium(), *options, "--remote-debugging-pipe"], pass_fds=(to_browser[0], from_browser[1]),
+            ["bash", "-c", start, "bash", chromium(), *options, "--remote-debugging-pipe"],
+            pass_fds=(to_browser[0], from_browser[1]),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser[0])
@@ -59,11 +61,11 @@ class Browser:
 
     def open(self, path: Path, width: int = 1280, fragment: str = "") -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
-        self.call("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri() + fragment)
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.read())
+        for url in ("about:blank", path.resolve().as_uri() + fragment):  # or another fragment would not load it anew
+            self.call("Page.navigate", url=url)
+            while self.evaluate("[location.href, document.readyState].join()") != f"{url},complete":
+                time.sleep(0.02)
+            self.events = [] if url == "about:blank" else self.events
 
     def evaluate(self, expression: str):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
