@@ -18,6 +18,7 @@ from teachers.pretrained import write_atomically
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8609a", "#8a7a00", "#3f8fc4", "#7a6cc0", "#808080")
 MARKERS = "os^Dv*XPp<>h"
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
+TICKS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9))
 INK = "#010203"  # stands for the colour of the page's text
 SIZE = (5.0, 3.7)  # inches, so that letters stay legible at the width of a phone
 STYLE = {
@@ -98,7 +99,7 @@ def set_ticks(axis, is_log: bool) -> None:
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         return
     low, high = axis.get_view_interval()
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):  # as many as are needed to read the axis
+    for digits in TICKS:  # as many as are needed to read the axis
         ticks = [m * 10**e for e in range(-5, 7) for m in digits if low <= m * 10**e <= high]
         if len(ticks) >= 4:
             break

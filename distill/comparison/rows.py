@@ -49,6 +49,11 @@ class Row:
         """The model and its steps: the same at every guidance scale."""
         return self.entry.name if self.steps is None else f"{self.entry.name}, {self.steps} step{'s' * (self.steps > 1)}"
 
+    @property
+    def said(self) -> str:
+        """The same inside a sentence."""
+        return self.line.replace(f"{self.entry.name}, ", f"{self.entry.name} in ", 1)
+
     @cached_property
     def scores(self) -> dict[str, dict]:
         return combine(self.results)

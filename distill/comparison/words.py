@@ -53,14 +53,14 @@ def about_cost(rows: list[Row], key: str, cost: str) -> str:
     teacher, student = best["teacher"], best["student"]
     if teacher is None or student is None:
         only = teacher or student
-        return f"The lowest distance is {number(only.scores[key]['value'])}, of {only.line} at {price(only, cost)}."
+        return f"The lowest distance is {number(only.scores[key]['value'])}, of {only.said} at {price(only, cost)}."
     ratio = student.scores[key]["value"] / max(teacher.scores[key]["value"], 1e-12)
     cheaper = getattr(teacher, cost) / getattr(student, cost)
     effort = f"{times(cheaper)} times less" if cheaper > 1 else f"{times(1 / cheaper)} times more"
     fewer = {"nfe": "evaluations", "ms_per_image": "time"}[cost]
     return (
-        f"The best student here, {student.line}, has a distance of {number(student.scores[key]['value'])} at "
-        f"{price(student, cost)}; that is {ratio:.2f} times the {number(teacher.scores[key]['value'])} of {teacher.line} at "
+        f"The best student here, {student.said}, has a distance of {number(student.scores[key]['value'])} at "
+        f"{price(student, cost)}; that is {ratio:.2f} times the {number(teacher.scores[key]['value'])} of {teacher.said} at "
         f"{price(teacher, cost)}, with {effort.replace('less', 'fewer') if fewer == 'evaluations' else effort} {fewer}."
     )
 
@@ -79,7 +79,7 @@ def about_guidance(rows: list[Row], key: str, title: str) -> str:
     """Between which values a score moves from the lowest guidance scale to the highest."""
     lines: dict[str, list[Row]] = {}
     for row in sorted((r for r in rows if r.guidance is not None and key in r.scores), key=lambda r: r.guidance):
-        lines.setdefault(row.line, []).append(row)
+        lines.setdefault(row.said, []).append(row)
     moving = {name: own for name, own in lines.items() if len(own) > 1}
     fixed = {name: own[0] for name, own in lines.items() if len(own) == 1}
     if not moving:
@@ -90,7 +90,8 @@ def about_guidance(rows: list[Row], key: str, title: str) -> str:
     told = [f"from {value(moving[n][0], key)} to {value(moving[n][-1], key)} for {n}" for n in extremes]
     if len(order) > 2:
         told = [f"{told[0]}, the largest change of {len(order)}", f"{told[1]}, the smallest"]
-    rest = f" {joined([f'{name} has {value(row, key)}' for name, row in fixed.items()])}, at the only scale of theirs."
+    alone = joined([f"{name} has {value(row, key)}" for name, row in fixed.items()]) if fixed else ""
+    rest = f" {alone}, at the only scale that {'it has' if len(fixed) == 1 else 'they have'}."
     return f"From guidance scale {low} to {high}, {title} goes {' and '.join(told)}.{rest if 0 < len(fixed) <= 2 else ''}"
 
 
@@ -117,7 +118,7 @@ def about_duplicates(rows: list[Row], real: Row | None) -> str:
     closest = min(rows, key=lambda row: row.nearest_pairs[0]["distance"])
     told = (
         f"The nearest two of {closest.num_samples:,} samples are {number(closest.nearest_pairs[0]['distance'])} apart, "
-        f"drawn by {closest.line}{at_scale(closest)}"
+        f"drawn by {closest.said}{at_scale(closest)}"
     )
     if real is None:
         return f"{told}."
