@@ -114,8 +114,8 @@ def test_evaluate(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["sample"], ["evaluate"], ["export"], ["precompute", "latents"], ["precompute", "prompts"], ["teachers", "inspect"],
-     ["teachers", "list"]],
+    [["sample"], ["evaluate"], ["compare"], ["export"], ["precompute", "latents"], ["precompute", "prompts"],
+     ["teachers", "inspect"], ["teachers", "list"]],
 )
 def test_every_verb_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
