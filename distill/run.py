@@ -37,19 +37,15 @@ from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
+from distill.recipe_networks import build_student, build_teacher, load_pretrained, load_velocity_teacher, teacher_verdicts
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
 from distill.trainer import (
     Trainer,
     TrainingError,
-    build_student,
-    build_teacher,
     check_tracker,
-    load_pretrained,
-    load_velocity_teacher,
     ordinary_student,
     save_model,
-    teacher_verdicts,
     trained_model,
     uses_derivative,
 )

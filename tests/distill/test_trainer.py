@@ -26,9 +26,11 @@ from distill import checkpoint as ckpt
 from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
+from distill.optimizer import learning_rate
 from distill.recipe import parse_recipe, to_dict
+from distill.recipe_networks import build_teacher, set_dropout
 from distill.run import check, main
-from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, set_dropout, trained_model
+from distill.trainer import Trainer, TrainingError, save_model, trained_model
 
 
 @pytest.fixture
