@@ -3,8 +3,10 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from teachers.pretrained import write_atomically
@@ -22,8 +24,12 @@ class Window:
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0) + value.detach()
 
-    def means(self) -> dict[str, float]:
-        return {key: (total / self.steps).item() for key, total in self.sums.items()}
+    def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
+        """By name, averaged over processes too; one reduction, and one wait for the device, for all."""
+        if not self.sums:
+            return {}
+        means = torch.stack([total / self.steps for total in self.sums.values()])
+        return dict(zip(self.sums, over_processes(means).tolist(), strict=True))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start

@@ -1,17 +1,17 @@
 """The training loop: one recipe from start, or from a checkpoint, to a trained network."""
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
 import math
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -26,10 +26,12 @@ from distill.jvp import probe_jvp
 from distill.log import MetricsLog, Window
 from distill.lora import adapters, merged
 from distill.model import Model
+from distill.noise import BatchGenerator
 from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.objectives.vsd import VSD, FakeScore
 from distill.optimizer import build_optimizer, learning_rate, set_learning_rate
+from distill.parallel import Placement, build_accelerator, whole, whole_optimizer_state, whole_state
 from distill.prompts import Prompts
 from distill.recipe import OptimizerConfig, Recipe, to_dict
 from distill.recipe_networks import (
@@ -48,6 +50,11 @@ from teachers import Teacher
 from teachers.condition import Condition
 from teachers.networks import is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What follows when a run goes on in another layout.
+SAME = "every step has the same images and noise, summed in another order"
+CHANGED = {"processes": f"{SAME}, and other dropout masks", "distributed": SAME, "images_per_step": "steps are other steps"}
 
 
 class TrainingError(RuntimeError):
@@ -83,21 +90,20 @@ def check_tracker(recipe: Recipe) -> None:
 
 
 def step_seed(seed: int, step: int, rank: int, *part) -> int:
-    """The seed of one process' noise in one step. Nothing is carried over between steps, so resuming is exact."""
+    """The seed of one step's noise or a process' dropout. Nothing is carried over between steps, so resuming is exact."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, step, rank, *part))).encode()).digest()[:7])
 
 
 def prepare(
-    accelerator: Accelerator, network: Teacher, config: OptimizerConfig, objectives: list
+    placement: Placement, network: Teacher, config: OptimizerConfig, objectives: list
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A network and its optimizer made ready by Accelerate, together with what else they train: the weightings of their
+    """A network and its optimizer made ready for training, together with what else they train: the weightings of their
     objectives, which are replaced by prepared ones.
     """
     weighted = [objective for objective in objectives if objective.weighting is not None]
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    parameters += [p for objective in weighted for p in objective.weighting.parameters()]
-    optimizer = build_optimizer(config, parameters)
-    network, optimizer, *weightings = accelerator.prepare(network, optimizer, *(o.weighting for o in weighted))
+    network, optimizer, *weightings = placement.prepare(
+        network, lambda parameters: build_optimizer(config, parameters), [objective.weighting for objective in weighted]
+    )
     for objective, weighting in zip(weighted, weightings, strict=True):
         objective.weighting = weighting
     return network, optimizer
@@ -106,12 +112,12 @@ def prepare(
 class FakeNetwork:
     """The fake score of VSD with its optimizer: a copy of the teacher, unguided, that follows the student's samples."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, pretrained: Teacher):
+    def __init__(self, placement: Placement, recipe: Recipe, pretrained: Teacher):
         network = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
         set_dropout(network.native, recipe.dropout)
-        self.accelerator, self.objective = accelerator, FakeScore(recipe)
-        self.prepared, self.optimizer = prepare(accelerator, network, recipe.optimizer, [self.objective])
-        self.network = accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
+        self.accelerator, self.objective = placement.accelerator, FakeScore(recipe)
+        self.prepared, self.optimizer = prepare(placement, network, recipe.optimizer, [self.objective])
+        self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
         self.network.train(recipe.dropout > 0)
         own, other = recipe.vsd.fake_learning_rate, recipe.optimizer.learning_rate
         self.relative_learning_rate = 1.0 if own is None else own / other
@@ -154,12 +160,12 @@ class Trainer:
     def __init__(self, recipe: Recipe, pretrained: Teacher | None = None):
         self.recipe = recipe
         check_tracker(recipe)
-        AcceleratorState._reset_state()  # an earlier training of this Python session may have had another precision
         self.output_dir = Path(recipe.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
-        )
+        self.accelerator = build_accelerator(recipe)
+        self.placement = Placement(self.accelerator, recipe)
         self.device = self.accelerator.device
+        if pretrained is not None and self.placement.sharded:
+            pretrained = copy.deepcopy(pretrained)
         torch.manual_seed(recipe.seed)  # of weights that are new
         pretrained = load_pretrained(recipe, pretrained)
         self.prompts: Prompts | None = recipe_prompts(recipe)
@@ -171,15 +177,17 @@ class Trainer:
         guide = None if self.teacher is None else self.teacher.guidance_teacher
         if guide is not None and license_of(guide) != self.license:
             self.license = "other"  # of a student that learns from two networks
+        self.fake = None if recipe.vsd is None else FakeNetwork(self.placement, recipe, pretrained)
         if frozen is not None:
-            frozen.to(self.device).eval()
-        self.fake = None if recipe.vsd is None else FakeNetwork(self.accelerator, recipe, pretrained)
+            self.placement.place(frozen.eval())
         self.objectives = build_objectives(recipe, frozen, self.fake)
-        self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
+        self.emas = [EMA(network, e.half_life_images, e.sigma_rel) for e in recipe.ema]
         half_life = recipe.target_half_life_images
-        self.target = None if half_life is None else EMA(network, half_life).to(self.device)
+        self.target = None if half_life is None else EMA(network, half_life)
+        for ema in self.averages:
+            self.placement.place(ema.network, autocast=ema is self.target)
         self.prepared, self.optimizer = prepare(
-            self.accelerator, network, recipe.optimizer, [objective for objective, _ in self.objectives]
+            self.placement, network, recipe.optimizer, [objective for objective, _ in self.objectives]
         )
         # The derivative needs the bare network; it keeps the autocast that prepare added.
         self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
@@ -193,7 +201,8 @@ class Trainer:
         self.converged = False
         self.reference: Reference | None = None
         self.endpoint_history: list[dict[float, float]] = []
-        self.stop_signal: signal.Signals | None = None
+        self.stop_signal: signal.Signals | None = None  # that this process got
+        self.agreed_signal: signal.Signals | None = None  # that any of several processes got, as all of them know
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -202,7 +211,7 @@ class Trainer:
     def batch_images(self) -> int:
         """Images per optimizer step over all processes."""
         r = self.recipe
-        return r.train_batch_size * r.gradient_accumulation_steps * self.accelerator.num_processes
+        return r.train_batch_size * r.gradient_accumulation_steps
 
     @property
     def averages(self) -> list[EMA]:
@@ -236,14 +245,23 @@ class Trainer:
         """Every optimizer whose state a checkpoint holds, by file name."""
         return {"optimizer": self.optimizer} | ({} if self.fake is None else {"fake-optimizer": self.fake.optimizer})
 
+    @property
+    def layout(self) -> dict:
+        """What may be another one when a run is resumed; the run says so."""
+        return {"processes": self.placement.world, "distributed": self.placement.kind, "images_per_step": self.batch_images}
+
     def save(self) -> Path | None:
-        """Write a checkpoint of the current step (main process)."""
-        if not self.accelerator.is_main_process:
+        """Write a checkpoint of the current step (main process; all take part)."""
+        main = self.accelerator.is_main_process
+        modules = {name: whole_state(module, keep=main) for name, module in self.modules().items()}
+        optimizers = {name: whole_optimizer_state(optimizer, keep=main) for name, optimizer in self.optimizers().items()}
+        if not main:
             return None
         errors = [list(e.values()) for e in self.endpoint_history]
         state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors, "seconds": self.seconds}
+        state |= self.layout
         return ckpt.save_checkpoint(
-            self.output_dir, self.step, self.modules(), self.optimizers(), state, self.recipe.checkpoints_total_limit
+            self.output_dir, self.step, modules, optimizers, state, self.recipe.checkpoints_total_limit
         )
 
     def resume(self) -> None:
@@ -265,6 +283,9 @@ class Trainer:
         self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
         self.endpoint_history = [dict(zip(TIMES, errors, strict=True)) for errors in state["endpoint_history"]]
         self.print(f"resumed from {path} at step {self.step}")
+        for key, now in self.layout.items():
+            if state.get(key, now) != now:
+                self.print(f"{key.replace('_', ' ')}: {now}, until here {state[key]}; {CHANGED[key]}")
 
     def print(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -297,7 +318,8 @@ class Trainer:
         if self.step == 0 or recipe.objective == "retrofit":  # which may be done already, also when it is resumed
             self.check_convergence(self.validate(log), last=False)
         self.loop(batches, log)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.student
 
     def probed_data(self) -> Dataset:
@@ -307,7 +329,12 @@ class Trainer:
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
         for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
             self.print(verdict)
-        return training_data(recipe, self.teacher, cache, self.prompts) if own else data
+        if not own:
+            return data
+        # One process draws them and the others read what it drew, unless all hold a part of the teacher.
+        first = nullcontext() if self.placement.sharded else self.accelerator.local_main_process_first()
+        with first:
+            return training_data(recipe, self.teacher, cache, self.prompts)
 
     def sampler(self, size: int) -> StepSampler:
         r, a = self.recipe, self.accelerator
@@ -319,7 +346,7 @@ class Trainer:
 
     def loop(self, batches, log: MetricsLog) -> None:
         recipe = self.recipe
-        previous = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self.request_stop) for number in STOP_SIGNALS}
         bar = tqdm(
             total=recipe.max_train_steps, initial=self.step, desc=recipe.objective, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1.0,
@@ -337,7 +364,7 @@ class Trainer:
                     self.check_convergence(self.validate(log), last)
                 if self.step % recipe.checkpointing_steps == 0 or last or self.converged:
                     self.save()
-                if self.stop_signal is not None:
+                if self.signal is not None:
                     self.stop()
         finally:
             bar.close()
@@ -379,17 +406,17 @@ class Trainer:
         frozen = self.network if self.target is None else self.target.network
         for objective, weight in self.objectives:
             last = part == parts - 1 and objective is self.objectives[-1][0]
-            with self.synchronization(self.prepared, last):
+            with self.placement.synchronization(self.prepared, last):
                 result: Loss = objective(self.prepared, frozen, x0, labels, self.step, generator)
                 self.accelerator.backward(weight * result.loss / parts)
             losses.append(Loss(weight * result.loss.detach(), result.logs))
         return losses
 
     def seeded(self, *part) -> torch.Generator:
-        """The noise of one batch of this step on this process; dropout is seeded alike."""
-        seed = step_seed(self.recipe.seed, self.step, self.accelerator.process_index, *part)
-        torch.manual_seed(seed)
-        return torch.Generator().manual_seed(seed)
+        """The noise of one batch of this step. Dropout, whose masks are each process' own, is seeded too."""
+        seed, step, rank = self.recipe.seed, self.step, self.accelerator.process_index
+        torch.manual_seed(step_seed(seed, step, rank, *part))
+        return BatchGenerator.seeded(step_seed(seed, step, 0, *part), rank, self.accelerator.num_processes)
 
     def train_fake(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[bool, dict[str, Tensor]]:
         """The fake score's updates of one step: whether all were finite, and what to log."""
@@ -398,7 +425,7 @@ class Trainer:
             losses = []
             for number, (x0, labels) in enumerate(parts):
                 generator = self.seeded(number, f"fake {update}")
-                with self.synchronization(fake.prepared, number == len(parts) - 1):
+                with self.placement.synchronization(fake.prepared, number == len(parts) - 1):
                     loss = fake.objective(fake.prepared, self.network, x0, labels, generator)
                     self.accelerator.backward(loss / len(parts))
                 losses.append(loss.detach())
@@ -409,19 +436,24 @@ class Trainer:
         return finite, {"fake_loss": loss}
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[bool, Tensor]:
-        """Step unless ``loss`` or the gradient is not finite: whether it did, and the gradient's norm."""
+        """Step unless ``loss`` or the gradient is not finite on any process: whether it did, and the gradient's norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = math.inf if self.recipe.optimizer.max_grad_norm is None else self.recipe.optimizer.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        finite = bool(torch.isfinite(loss + grad_norm))
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        finite = bool(torch.isfinite(self.over_processes(loss) + grad_norm))
         if finite:
             optimizer.step()
         optimizer.zero_grad()
         return finite, grad_norm
 
-    def synchronization(self, prepared: nn.Module, last: bool):
-        """Gradients are reduced over processes only in the last part of an accumulated step."""
-        return torch.enable_grad() if last else self.accelerator.no_sync(prepared)
+    def over_processes(self, loss: Tensor) -> Tensor:
+        """The mean of ``loss``; the signals that processes got go along."""
+        if self.placement.world == 1:
+            return loss
+        got = [float(self.stop_signal == number) for number in STOP_SIGNALS]
+        loss, *got = self.placement.mean(torch.stack([loss, *loss.new_tensor(got)]))
+        self.agreed_signal = next((n for n, share in zip(STOP_SIGNALS, got, strict=True) if share > 0), self.agreed_signal)
+        return loss
 
     def count_nonfinite(self, finite: bool) -> None:
         self.nonfinite["in_a_row"] = 0 if finite else self.nonfinite["in_a_row"] + 1
@@ -435,6 +467,11 @@ class Trainer:
                 f"stopped. Last checkpoint: {last}. Try a lower learning rate or a longer tangent warm-up."
             )
 
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that all processes are to stop by."""
+        return self.stop_signal if self.placement.world == 1 else self.agreed_signal
+
     def request_stop(self, number: int, _frame) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # who presses Ctrl-C twice does not want to wait for the checkpoint
@@ -442,14 +479,14 @@ class Trainer:
 
     def stop(self) -> None:
         path = self.save()
-        name = self.stop_signal.name
+        name = self.signal.name
         self.print(f"stopped by {name} at step {self.step}; continue with resume_from_checkpoint=latest ({path})")
-        raise KeyboardInterrupt if self.stop_signal == signal.SIGINT else SystemExit(0)
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(0)
 
     # ---- logs and validation -------------------------------------------------------------------------------------
 
     def log(self, log: MetricsLog, bar: tqdm, window: Window) -> None:
-        values = window.means()
+        values = window.means(self.placement.mean)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = window.steps * self.batch_images / window.seconds()
         values["nonfinite_steps"] = self.nonfinite["total"]
@@ -460,10 +497,8 @@ class Trainer:
         bar.set_postfix({**shown, "images/s": f"{values['images_per_second']:.0f}"})
 
     def prepare_validation(self, data: Dataset) -> None:
-        """Fix what validation looks at: a few training images for the endpoint or velocity error, and real features (main
-        process).
-        """
-        if (self.teacher or self.velocity_teacher) is None or not self.accelerator.is_main_process:
+        """Fix what validation looks at: a few training images for the endpoint or velocity error, and real features."""
+        if (self.teacher or self.velocity_teacher) is None or not self.validates:
             return
         x0, labels = few_images(data, 16, self.recipe, self.device)
         if self.teacher is None:
@@ -473,6 +508,11 @@ class Trainer:
             self.reference = recipe_reference(self.recipe)
         self.print("solving the teacher's ODE for the endpoint error")
         self.endpoint = EndpointError(self.teacher, x0, labels, self.recipe.seed)
+
+    @property
+    def validates(self) -> bool:
+        """Whether this process takes part in validation: the main one does; with shards, which all hold, all do the same."""
+        return self.accelerator.is_main_process or self.placement.sharded
 
     @property
     def validation_guidance(self) -> float | None:
@@ -492,10 +532,10 @@ class Trainer:
             self.print(f"warning: the velocity error {error:.4g} is still above {limit:g}: train longer")
 
     def validate(self, log: MetricsLog) -> dict[str, float]:
-        """Endpoint error, velocity error, sample grid and curves from the averaged weights; what was measured, on the main
-        process.
+        """Endpoint error, velocity error, sample grid and curves from the averaged weights; what was measured, on processes
+        that took part.
         """
-        if not self.accelerator.is_main_process:
+        if not self.validates:
             return {}
         values = {}
         if self.endpoint is not None:
@@ -513,7 +553,10 @@ class Trainer:
         if self.velocity_error is not None:
             values["velocity_error"] = self.velocity_error(self.student)
             self.print(f"step {self.step}: velocity error {values['velocity_error']:.4g}")
-        save_grid(self.sample_rows(), self.output_dir / "samples" / f"{self.step:07d}.png")
+        rows = self.sample_rows()
+        if not self.accelerator.is_main_process:
+            return values
+        save_grid(rows, self.output_dir / "samples" / f"{self.step:07d}.png")
         log.write(self.step, values)
         self.accelerator.log(values, step=self.step)
         plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
@@ -548,8 +591,8 @@ class Trainer:
 
 
 def ordinary_student(trainer: Trainer) -> Teacher:
-    """The averaged network, without adapters of its own."""
-    return trainer.student if trainer.recipe.lora is None else merged(trainer.student)
+    """The averaged network in one piece, without adapters of its own."""
+    return trainer.placement.gathered(trainer.student) if trainer.recipe.lora is None else merged(trainer.student)
 
 
 def trained_model(trainer: Trainer) -> Model:
