@@ -27,7 +27,7 @@ from distill.log import MetricsLog, Window
 from distill.lora import adapters, merged
 from distill.model import Model
 from distill.noise import BatchGenerator
-from distill.objectives.scm import Loss, build_objective
+from distill.objectives.scm import Loss, autocast, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.objectives.vsd import VSD, FakeScore
 from distill.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -44,13 +44,14 @@ from distill.recipe_networks import (
     set_dropout,
     teacher_verdicts,
 )
-from distill.sampling import generate
+from distill.sampling import evaluation_mode, generate
 from distill.visual import plot_curves, save_grid
 from teachers import Teacher
 from teachers.condition import Condition
 from teachers.networks import is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
 
+LARGEST_OUTPUT = 100.0  # rms of F, which is about 1, beyond which a network has diverged
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # What follows when a run goes on in another layout.
 SAME = "every step has the same images and noise, summed in another order"
@@ -360,12 +361,22 @@ class Trainer:
                     self.log(log, bar, window)
                     window = Window()
                 last = self.step == recipe.max_train_steps
-                if self.step % recipe.validation_steps == 0 or last:
+                validates = self.step % recipe.validation_steps == 0 or last
+                saves = self.step % recipe.checkpointing_steps == 0 or last
+                if validates or saves:
+                    self.check_outputs()
+                if validates:
                     self.check_convergence(self.validate(log), last)
-                if self.step % recipe.checkpointing_steps == 0 or last or self.converged:
+                if saves or self.converged:
                     self.save()
                 if self.signal is not None:
                     self.stop()
+        except TrainingError:
+            if window.steps:
+                self.log(log, bar, window)
+            if self.accelerator.is_main_process:
+                plot_curves(log.path, self.output_dir / "curves.png")
+            raise
         finally:
             bar.close()
             for number, handler in previous.items():
@@ -461,11 +472,30 @@ class Trainer:
         if not finite:
             self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
         if not finite and self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
-            last = next(reversed(ckpt.checkpoints(self.output_dir)), None)
-            raise TrainingError(
-                f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}; training "
-                f"stopped. Last checkpoint: {last}. Try a lower learning rate or a longer tangent warm-up."
-            )
+            raise self.divergence(f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}")
+
+    def divergence(self, reason: str) -> TrainingError:
+        """What a run ends with that is past saving."""
+        last = next(reversed(ckpt.checkpoints(self.output_dir)), "none")
+        return TrainingError(
+            f"training has diverged: {reason}; the last good checkpoint: {last}; gradient and tangent norms up to here: "
+            f"{self.output_dir / 'curves.png'}; try a lower learning rate or a longer tangent warm-up"
+        )
+
+    @torch.no_grad()
+    def check_outputs(self) -> None:
+        """Look whether the network still is one: ``F`` has an rms of about 1 on whatever has that of ``sigma_data``.
+
+        Raises:
+            TrainingError: it has left all bounds, or is not finite.
+        """
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        noise = torch.randn(8, *self.network.sample_shape, generator=generator).to(self.device)
+        t, labels = torch.linspace(0.1, 1.5, 8, device=self.device), self.network.example_condition(8, self.device)
+        with evaluation_mode(self.network), autocast(self.recipe, self.device):
+            rms = self.network(self.recipe.sigma_data * noise, t, labels).float().square().mean().sqrt().item()
+        if not rms <= LARGEST_OUTPUT:
+            raise self.divergence(f"the network's output has an rms of {rms:.3g} at step {self.step}, in place of about 1")
 
     @property
     def signal(self) -> signal.Signals | None:

@@ -73,6 +73,9 @@ def plot_curves(log: Path, path: Path) -> None:
         few = "o" if len(points) < 3 else None  # a line through one point is invisible
         axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, marker=few)
         axis.set(title=title, xlabel="step")
+        values = [value for _, value in points]
+        if key.endswith("norm") and values and 0 < min(values) < max(values) / 100:
+            axis.set_yscale("log")  # a spike would hide all the rest
     plot_endpoint_error(axes[1, 2], lines)
     figure.tight_layout()
     save_figure(figure, path)
