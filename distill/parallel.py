@@ -7,6 +7,7 @@ Accelerate's own FSDP2 is not used: it casts the time to bf16, shards one networ
 import copy
 import functools
 import os
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 
@@ -204,6 +205,8 @@ def shard(network: nn.Module, mesh, dtype: torch.dtype | None = None, cpu_offloa
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    # Some networks return a view, which is harmless unless it is written to: nothing here writes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     widen_scalars(network)
     # Also the root is freed after a forward pass: it would otherwise go on with the weights of before an optimizer step.
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
@@ -212,6 +215,12 @@ def shard(network: nn.Module, mesh, dtype: torch.dtype | None = None, cpu_offloa
     for block in blocks(network):
         fully_shard(block, mp_policy=policy(param_dtype=dtype), **options)
     return fully_shard(network, mp_policy=policy(), **options)
+
+
+def sharded_parts(network: nn.Module) -> list[nn.Module]:
+    """What is called of a network, and so gathers its shards: the native one of a teacher and of its guidance teacher."""
+    natives = [module.native for module in network.modules() if isinstance(module, Teacher)]
+    return natives or [network]
 
 
 def widen_scalars(network: nn.Module) -> None:
@@ -316,7 +325,9 @@ class Placement:
             return network.to(self.device)
         self.skeletons[network] = skeleton(network)
         dtype = torch.bfloat16 if autocast and self.recipe.mixed_precision == "bf16" else None
-        return shard(network, self.mesh, dtype, offloads(self.recipe))
+        for part in sharded_parts(network):
+            shard(part, self.mesh, dtype, offloads(self.recipe))
+        return network
 
     def prepare(self, network: Teacher, build_optimizer, weightings: list[nn.Module]) -> tuple:
         """A network that is trained, its optimizer, and the weightings that it trains too, made ready for training.

@@ -43,7 +43,7 @@ class AdaptiveWeighting(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """``(B,)`` for times ``(B,)``."""
-        return self.linear(self.embedding(t.float())).sum(1)  # of one value; FSDP2 wants no view
+        return self.linear(self.embedding(t.float())).squeeze(1)
 
 
 def weighted_loss(squared_error: Tensor, t: Tensor, weighting: nn.Module | None) -> Tensor:
