@@ -17,19 +17,24 @@ class Window:
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
+        self.largest: dict[str, Tensor] = {}  # of norms, whose single spikes a mean would hide
         self.steps, self.start = 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.steps += 1
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
+            value = value.detach()
+            self.sums[key] = self.sums.get(key, 0) + value
+            if key.endswith("_norm"):
+                name = f"largest_{key}"
+                self.largest[name] = torch.maximum(self.largest.get(name, value), value)
 
     def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
-        """By name, averaged over processes too; one reduction, and one wait for the device, for all."""
+        """By name, averaged over processes too, and the largest norms: one reduction, and one wait for the device."""
         if not self.sums:
             return {}
-        means = torch.stack([total / self.steps for total in self.sums.values()])
-        return dict(zip(self.sums, over_processes(means).tolist(), strict=True))
+        values = {key: total / self.steps for key, total in self.sums.items()} | self.largest
+        return dict(zip(values, over_processes(torch.stack(list(values.values()))).tolist(), strict=True))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start

@@ -362,7 +362,8 @@ class Trainer:
                     window = Window()
                 last = self.step == recipe.max_train_steps
                 validates = self.step % recipe.validation_steps == 0 or last
-                saves = self.step % recipe.checkpointing_steps == 0 or last
+                # After a step that was not finite the weights may be none to go on from.
+                saves = (self.step % recipe.checkpointing_steps == 0 and not self.nonfinite["in_a_row"]) or last
                 if validates or saves:
                     self.check_outputs()
                 if validates:
@@ -472,11 +473,12 @@ class Trainer:
         if not finite:
             self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
         if not finite and self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
-            raise self.divergence(f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}")
+            count = self.nonfinite["in_a_row"]
+            raise self.divergence(f"{count} steps in a row were not finite at step {self.step + 1}", self.step + 1 - count)
 
-    def divergence(self, reason: str) -> TrainingError:
-        """What a run ends with that is past saving."""
-        last = next(reversed(ckpt.checkpoints(self.output_dir)), "none")
+    def divergence(self, reason: str, since: int) -> TrainingError:
+        """What a run ends with whose weights are no good ``since`` some step."""
+        last = next((path for path in reversed(ckpt.checkpoints(self.output_dir)) if ckpt.step_of(path) < since), "none")
         return TrainingError(
             f"training has diverged: {reason}; the last good checkpoint: {last}; gradient and tangent norms up to here: "
             f"{self.output_dir / 'curves.png'}; try a lower learning rate or a longer tangent warm-up"
@@ -495,7 +497,7 @@ class Trainer:
         with evaluation_mode(self.network), autocast(self.recipe, self.device):
             rms = self.network(self.recipe.sigma_data * noise, t, labels).float().square().mean().sqrt().item()
         if not rms <= LARGEST_OUTPUT:
-            raise self.divergence(f"the network's output has an rms of {rms:.3g} at step {self.step}, in place of about 1")
+            raise self.divergence(f"at step {self.step} the network's output has an rms of {rms:.3g}, not 1", self.step)
 
     @property
     def signal(self) -> signal.Signals | None:

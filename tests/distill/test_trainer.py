@@ -136,6 +136,27 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
 
 
+def test_an_absurd_learning_rate_ends_with_the_last_good_checkpoint(world, capsys):
+    folder, values = world
+    values |= {"objective": "training", "teacher": str(folder / "weaker"), "tangent": {"warmup_steps": 0}, "dropout": 0.0}
+    values |= {"validation_steps": 100, "logging_steps": 2}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "max_train_steps": 100, "optimizer": {"learning_rate": 0.3, "name": "adam"}}))
+    run(values, max_train_steps=2, optimizer={"learning_rate": 1e-3, "name": "adam"})
+    good = load_file(folder / "run/checkpoint-2/network.safetensors")
+    assert main([str(path), "resume_from_checkpoint=latest", "evaluation.validation_samples=0"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("error: training has diverged: .* the last good checkpoint: .*run/checkpoint-2; ", error)
+    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
+    assert all(torch.isfinite(tensor).all() and tensor.abs().max() < 100 for tensor in good.values())
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert lines[-1]["step"] > 2 and all(
+        lines[-1][f"largest_{key}"] > 10 * lines[0][f"largest_{key}"] for key in ("tangent_norm", "grad_norm")
+    )  # fmt: skip
+    assert (folder / "run/curves.png").stat().st_mtime_ns >= (folder / "run/metrics.jsonl").stat().st_mtime_ns
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_writes_a_checkpoint_and_exits_cleanly(world, number, status):
     folder, values = world
