@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from teachers.pretrained import load_tensors, read_safetensors
+from distill.parallel import load_optimizer_state, load_state
+from teachers.pretrained import read_safetensors
 
 PREFIX = "checkpoint-"
 # What else a run writes into its folder.
@@ -53,10 +54,12 @@ def set_aside(output_dir: Path, resumed: Path | None) -> Path | None:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], state: dict,
-    limit: int,
+    output_dir: Path, step: int, modules: dict[str, dict[str, Tensor]], optimizers: dict[str, dict], state: dict, limit: int
 ) -> Path:  # fmt: skip
     """Write ``checkpoint-{step}`` under a temporary name, rename it, then drop the oldest beyond ``limit``.
+
+    Args:
+        modules, optimizers: their states in one piece, by file name.
 
     Raises:
         OSError: for example a full disk; what was there before is untouched and no partial folder stays.
@@ -65,11 +68,10 @@ def save_checkpoint(
     temporary = output_dir / f".{PREFIX}{step}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
-        for name, module in modules.items():
-            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        for name, tensors in modules.items():
             save_file(tensors, temporary / f"{name}.safetensors")
         for name, optimizer in optimizers.items():
-            torch.save(optimizer.state_dict(), temporary / f"{name}.pt")
+            torch.save(optimizer, temporary / f"{name}.pt")
         (temporary / "state.json").write_text(json.dumps(state))
         if target.exists():
             shutil.rmtree(target)
@@ -104,10 +106,10 @@ def load_checkpoint(path: Path, modules: dict[str, nn.Module], optimizers: dict[
     """
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
-        load_tensors(module, read_safetensors(file), str(file))
+        load_state(module, read_safetensors(file), str(file))
     try:
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
+            load_optimizer_state(optimizer, torch.load(path / f"{name}.pt", weights_only=True))
         return json.loads((path / "state.json").read_text())
     except Exception as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); delete it to resume from an earlier one") from error

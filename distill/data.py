@@ -355,15 +355,18 @@ def draw_teacher_samples(teacher: Teacher, recipe: Recipe, path: Path, prompts: 
 class StepSampler:
     """Batches of indices as a function of the step alone, so that a resumed run sees the data it would have seen.
 
-    Every process takes its share of one global batch; each index appears once an epoch. The last incomplete batch of
-    an epoch is dropped.
+    Every process takes its share of a batch of ``batch_size``, in the order of the processes; each index appears once an
+    epoch, however many processes there are. The last incomplete batch of an epoch is dropped.
+
+    Raises:
+        ValueError: fewer images than one batch.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
-        if size < batch_size * world:
-            raise ValueError(f"{size} images are fewer than one batch of {batch_size * world}")
+        if size < batch_size:
+            raise ValueError(f"{size} images are fewer than one batch of {batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.per_epoch = size // (batch_size * world)
+        self.per_epoch = size // batch_size
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __len__(self) -> int:
@@ -375,8 +378,9 @@ class StepSampler:
             if epoch != step // self.per_epoch:
                 epoch = step // self.per_epoch
                 order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
-            first = ((step % self.per_epoch) * self.world + self.rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            share = self.batch_size // self.world
+            first = (step % self.per_epoch) * self.batch_size + self.rank * share
+            yield order[first : first + share].tolist()
 
 
 def training_loader(data: Dataset, sampler: StepSampler, num_workers: int) -> DataLoader | Iterator:

@@ -132,7 +132,7 @@ class Recipe:
     output_dir: str
     sigma_data: float
     max_train_steps: int
-    train_batch_size: int  # per process and accumulation step
+    train_batch_size: int  # per accumulation step, over all processes
     sample_shape: list[int]  # [C, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
@@ -161,6 +161,9 @@ class Recipe:
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
+    distributed: str | None = None  # several processes: ddp, fsdp or hsdp; null: what accelerate was configured for
+    activation_checkpointing: bool = False  # recompute each block in the backward pass in place of keeping its activations
+    cpu_offload: bool = False  # fsdp and hsdp: weights, gradients, averages and optimizer in the memory of the CPU
     vsd: VSDConfig | None = None  # vsd, and distillation, to whose loss it is added
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: list[EMAConfig] = field(default_factory=lambda: [EMAConfig(half_life_images=500_000)])
@@ -193,6 +196,7 @@ class Recipe:
 CHOICES = {
     "objective": OBJECTIVES,
     "mixed_precision": ("no", "bf16"),
+    "distributed": (None, "ddp", "fsdp", "hsdp"),
     "report_to": (None, "tensorboard", "wandb"),
     "tangent.normalization": ("rms", "l2", "clip", "none"),
     "optimizer.name": ("radam", "adam", "adamw"),

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
@@ -32,24 +33,22 @@ from distill.evaluation import (
     recipe_reference,
 )
 from distill.evaluation.features import default_features, load_features
+from distill.failures import Watch, report_crash, report_error
 from distill.jvp import check_jvp
 from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
+from distill.parallel import check_launch, checkpoint_activations, checkpoints_activations, start_processes, world_size
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
+from distill.recipe_networks import build_student, build_teacher, load_pretrained, load_velocity_teacher, teacher_verdicts
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
 from distill.trainer import (
     Trainer,
     TrainingError,
-    build_student,
-    build_teacher,
     check_tracker,
-    load_pretrained,
-    load_velocity_teacher,
     ordinary_student,
     save_model,
-    teacher_verdicts,
     trained_model,
     uses_derivative,
 )
@@ -75,7 +74,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     if obstacle is not None:
         trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
-    model = trained_model(trainer)
+    model, teacher = trained_model(trainer), trainer.teacher
+    if teacher is not None and recipe.evaluation.teacher_steps:
+        teacher = trainer.placement.gathered(teacher)
     if not trainer.accelerator.is_main_process:
         return model
     folder = trainer.output_dir / "student"
@@ -83,7 +84,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     if recipe.lora is not None and recipe.student is None:  # adapters of the teacher, which its pipeline has
         write_adapters(folder, trainer.student)
     search_sampling_times(recipe, model, trainer.prompts)
-    rows = report(recipe, model, trainer.teacher, trainer.prompts)
+    rows = report(recipe, model, teacher, trainer.prompts)
     others = tuple(f"{name}, " for name in recipe.evaluation.also)
     model.config["metrics"] = {title: row for title, row in rows.items() if not title.startswith(others)}
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
@@ -215,6 +216,7 @@ def check(recipe: Recipe) -> str:
     check_output_dir(Path(recipe.output_dir))
     check_evaluation(recipe)
     check_tracker(recipe)
+    check_launch(recipe)
     pretrained = load_pretrained(recipe)
     teacher, velocity_teacher = build_teacher(recipe, pretrained), load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
@@ -227,6 +229,8 @@ def check(recipe: Recipe) -> str:
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
+    if checkpoints_activations(recipe):
+        checkpoint_activations(student.native)
     parameters = sum(p.numel() for p in student.parameters())
     # Weights, gradients, two Adam moments and one more copy for each average of what is trained. What is frozen is there
     # once, also where student and teacher share it; the teacher may be another network.
@@ -236,7 +240,7 @@ def check(recipe: Recipe) -> str:
     fixed += [p for network in (teacher, velocity_teacher) if network is not None for p in network.parameters()]
     frozen = sum({id(p): p.numel() for p in fixed}.values())
     state = 4 * (trained * (4 + averages) + frozen)
-    activations = recipe.train_batch_size * activation_bytes(student, recipe.mixed_precision)
+    activations = recipe.train_batch_size // world_size() * activation_bytes(student, recipe.mixed_precision)
     part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
@@ -293,18 +297,28 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, stop)  # inside its loop the trainer handles the signal itself
     tune_cpu()
+    watch = None
     try:
+        start_processes()
+        watch = Watch() if dist.is_initialized() else None
         recipe = load_recipe(options.recipe, parse_overrides(options.overrides))
         if options.check:
-            print(check(recipe))
+            text = check(recipe)
+            if watch is None or watch.rank == 0:
+                print(text)
         else:
             run(recipe)
     except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+        return report_error(sentence(error), watch)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if watch is None:
+            raise
+        return report_crash(error, watch)
+    if watch is not None:
+        dist.destroy_process_group()
     return 0
 
 

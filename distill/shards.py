@@ -81,6 +81,7 @@ def model_hash(model: nn.Module, facts) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a network that is sharded
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -77,7 +77,14 @@ def plot_curves(log: Path, path: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         few = "o" if len(points) < 3 else None  # a line through one point is invisible
         axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, marker=few)
+        largest = [(line["step"], line[f"largest_{key}"]) for line in lines if f"largest_{key}" in line]
+        if largest:
+            axis.plot(*zip(*largest, strict=True), linewidth=0.5, alpha=0.6, label="largest between two points")
+            axis.legend(fontsize=7)
         axis.set(title=title, xlabel="step")
+        values = [value for _, value in points + largest]
+        if key.endswith("norm") and values and 0 < min(values) < max(values) / 100:
+            axis.set_yscale("log")  # a spike would hide all the rest
     plot_endpoint_error(axes[1, 2], lines)
     figure.tight_layout()
     save_figure(figure, path)
