@@ -245,6 +245,7 @@ def check(recipe: Recipe) -> str:
 
 
 def memory_line(recipe: Recipe, memory: Memory | None) -> str:
+    """What :func:`distill.plan.fit_to_device` found, as a sentence."""
     if memory is None:
         return "memory per process: cannot be estimated, because this network cannot be run without weights"
     state, activations = sum(memory.state.values()), memory.activations(recipe.train_batch_size)

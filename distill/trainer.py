@@ -37,6 +37,7 @@ from teachers import PRESETS, Parameterization, Teacher, load, load_config, prob
 from teachers.condition import Condition, fits
 from teachers.networks import build, is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
+from teachers.probe import num_probed
 from teachers.retrofit import retrofit
 
 
@@ -133,11 +134,11 @@ def teacher_verdicts(
     networks = {"teacher" if recipe.needs_velocity else "velocity teacher": velocity_teacher}
     if recipe.needs_velocity and teacher is not None:
         networks = {"teacher": teacher, "guidance teacher": teacher.guidance_teacher}
-    verdicts = []
+    verdicts, num = [], num_probed(recipe.sample_shape)
     for name, network in networks.items():
         if network is None:
             continue
-        images, labels = (None, None) if data is None else few_images(data, 8, recipe, device_of(network))
+        images, labels = (None, None) if data is None else few_images(data, num, recipe, device_of(network))
         verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
     return verdicts
 

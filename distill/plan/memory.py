@@ -128,22 +128,25 @@ def device_memory() -> tuple[bool, float]:
 
 
 def fit_to_device(recipe: Recipe, pretrained: Teacher | None = None) -> Memory | None:
-    """The memory of this process in a step, at the recipe's batch; ``None`` if the networks are not known before they are
-    loaded, or cannot be run without weights.
+    """The memory of this process in a step, at the recipe's batch; ``None`` if a network is not here, or cannot be run
+    without weights.
 
     Raises:
         ValueError: it is more than this device has; with what would fit.
     """
     gpu, available = device_memory()
     try:
-        passes = Passes(recipe, planned_networks(recipe, pretrained), gpu)
+        networks = planned_networks(recipe, pretrained)
+        if networks.assumed:
+            return None
+        passes = Passes(recipe, networks, gpu)
         activations = passes.peak(passes.student, passes.batch, forward_and_backward(passes.student))
     except Exception:  # whatever is wrong, also in a user's network, is said better where it is loaded
         return None
     devices = int(os.environ.get("WORLD_SIZE", 1))
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    here = Memory(state_bytes(recipe, passes.networks), [Pass(0.0, activations / passes.batch)])
-    here = option(passes.networks, here, devices, sharded, checkpointed=False).memory
+    here = Memory(state_bytes(recipe, networks), [Pass(0.0, activations / passes.batch)])
+    here = option(networks, here, devices, sharded, checkpointed=False).memory
     needed, state = here.total(passes.batch), sum(here.state.values())
     if needed <= available:
         return here

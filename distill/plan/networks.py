@@ -62,6 +62,7 @@ def planned_networks(recipe: Recipe, pretrained: Teacher | None = None) -> Netwo
         student, teacher = network_from_scratch(recipe), None
     else:
         found = outlined(recipe.teacher, recipe, assumed) if pretrained is None else hollow(pretrained, "meta")
+        check_fits(found, recipe.teacher, recipe)
         student, teacher = planned_student(recipe, found, assumed), planned_teacher(recipe, found, assumed)
     if recipe.velocity_teacher is not None:
         teacher = outlined(recipe.velocity_teacher, recipe, assumed)
@@ -88,9 +89,8 @@ def outlined(source: str, recipe: Recipe, assumed: list[str]) -> Teacher:
             raise FileNotFoundError(f"the recipe needs {source}{notes}: {error}") from None
         network = outline_of(config, source)
         size = sum(p.numel() for p in network.parameters())
-        assumed.append(f"{source} is not here; by its name it is a {config['network']} of {size:,} parameters")
+        assumed.append(f"{source} is not here; by its name it is {config['network']} with {size:,} parameters")
     network = fitted(network, recipe)
-    check_fits(network, source, recipe)
     return network if network.text_condition is None else network.twin(null_prompt=example_text(network.text_condition, 1))
 
 
