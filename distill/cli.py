@@ -151,6 +151,17 @@ def precompute_prompts(options: argparse.Namespace) -> None:
     print(f"{len(captions)} prompts in {options.out_dir}{'' if done else ' were already complete'}")
 
 
+def plan(options: argparse.Namespace) -> None:
+    """What a recipe costs, before anything is loaded: FLOPs, memory by how it is run, hours, and samples."""
+    from distill.plan import Hardware, as_text
+    from distill.plan import plan as make_plan
+    from distill.recipe import load_recipe, parse_overrides
+
+    hardware = Hardware(options.gpus, options.gpu_memory, options.utilization, options.gpu_tflops)
+    values = make_plan(load_recipe(options.recipe, parse_overrides(options.overrides)), hardware)
+    print(json.dumps(values, indent=2) if options.json else as_text(values))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="distill", description="Few-step consistency models from your teacher.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -192,6 +203,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--vae", metavar="FOLDER", help="of a student of latents (DiTPipeline: that of the teacher's pipeline)")
     p.add_argument("--normalization", metavar="NAME", help="of these latents, format scm: edm2, scm, sd or vae (vae)")
     p.add_argument("--pipeline", metavar="FOLDER", help="of a student of text: its teacher's pipeline (where it was)")
+
+    example = "distill plan imagenet512-s.yaml --gpus 8 --gpu-memory 80"
+    p = add_verb(verbs, "plan", plan, example)
+    p.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships with the package")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values; dots reach inside sections")
+    p.add_argument("--gpus", type=int, default=1, help="on which it is run together (1)")
+    p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (80)")
+    peak = "dense peak of each in the recipe's precision (an A100's: 312 in bf16, 19.5 in fp32)"
+    p.add_argument("--gpu-tflops", type=float, metavar="T", help=peak)
+    p.add_argument("--utilization", type=float, default=0.35, metavar="U", help="share of the peak that is reached (0.35)")
+    p.add_argument("--json", action="store_true", help="print plain values")
 
     p = add_verb(verbs, "teachers", list_teachers, "distill teachers inspect mnist-edm")
     nested = p.add_subparsers(metavar="list|inspect|convert")

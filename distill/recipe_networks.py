@@ -13,6 +13,7 @@ from distill.sampling import device_of
 from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
 from teachers.condition import Condition, fits
 from teachers.networks import build, is_registered
+from teachers.probe import num_probed
 from teachers.retrofit import retrofit
 
 
@@ -202,11 +203,11 @@ def teacher_verdicts(
     networks = {"teacher" if recipe.needs_velocity else "velocity teacher": velocity_teacher}
     if recipe.needs_velocity and teacher is not None:
         networks = {"teacher": teacher, "guidance teacher": teacher.guidance_teacher}
-    verdicts = []
+    verdicts, num = [], num_probed(recipe.sample_shape)
     for name, network in networks.items():
         if network is None:
             continue
-        images, labels = (None, None) if data is None else few_images(data, 8, recipe, device_of(network))
+        images, labels = (None, None) if data is None else few_images(data, num, recipe, device_of(network))
         verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
     return verdicts
 

@@ -37,7 +37,8 @@ from distill.failures import Watch, report_crash, report_error
 from distill.jvp import check_jvp
 from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
-from distill.parallel import check_launch, checkpoint_activations, checkpoints_activations, start_processes, world_size
+from distill.parallel import check_launch, start_processes, world_size
+from distill.plan.memory import Memory, fit_to_device
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
 from distill.recipe_networks import build_student, build_teacher, load_pretrained, load_velocity_teacher, teacher_verdicts
@@ -67,6 +68,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     Everything lands in ``recipe.output_dir``. Returns the trained model; its ``config["metrics"]`` holds the table's rows of
     itself and its teacher (main process).
     """
+    fit_to_device(recipe, pretrained)
     check_evaluation(recipe)
     trainer = Trainer(recipe, pretrained)
     sure = recipe.is_diffusion or is_ours(trainer.student.native)  # nothing to export, or nothing in its way
@@ -217,6 +219,7 @@ def check(recipe: Recipe) -> str:
     check_evaluation(recipe)
     check_tracker(recipe)
     check_launch(recipe)
+    memory = fit_to_device(recipe)
     pretrained = load_pretrained(recipe)
     teacher, velocity_teacher = build_teacher(recipe, pretrained), load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
@@ -229,24 +232,13 @@ def check(recipe: Recipe) -> str:
     jvp_error = None
     if uses_derivative(recipe):
         jvp_error = check_jvp(student)
-    if checkpoints_activations(recipe):
-        checkpoint_activations(student.native)
     parameters = sum(p.numel() for p in student.parameters())
-    # Weights, gradients, two Adam moments and one more copy for each average of what is trained. What is frozen is there
-    # once, also where student and teacher share it; the teacher may be another network.
-    averages = len(recipe.ema) + (recipe.target_half_life_images is not None)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    fixed = [p for p in student.parameters() if not p.requires_grad]
-    fixed += [p for network in (teacher, velocity_teacher) if network is not None for p in network.parameters()]
-    frozen = sum({id(p): p.numel() for p in fixed}.values())
-    state = 4 * (trained * (4 + averages) + frozen)
-    activations = recipe.train_batch_size // world_size() * activation_bytes(student, recipe.mixed_precision)
     part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
         f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
         f"network: {type(student.native).__name__}, {parameters:,} parameters{part}",
-        f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
-        f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)",
+        memory_line(recipe, memory),
     ]
     lines += verdicts
     if jvp_error is not None:
@@ -254,26 +246,15 @@ def check(recipe: Recipe) -> str:
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))
 
 
-def activation_bytes(student: Teacher, mixed_precision: str) -> int:
-    """What a forward pass keeps for the backward pass per sample, measured on the CPU: two samples against one, so that
-    weights and their bf16 copies do not count.
-    """
-    return kept_bytes(student, 2, mixed_precision) - kept_bytes(student, 1, mixed_precision)
-
-
-def kept_bytes(student: Teacher, batch: int, mixed_precision: str) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    labels = student.example_condition(batch)
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
-        result = student(torch.zeros(batch, *student.sample_shape), torch.ones(batch), labels)
-    del result  # held the graph, and with it every storage, until all were seen
-    return sum(kept.values())
+def memory_line(recipe: Recipe, memory: Memory | None) -> str:
+    """What :func:`distill.plan.fit_to_device` found, as a sentence."""
+    if memory is None:
+        return "memory per process: cannot be estimated, because this network cannot be run without weights"
+    state, activations = sum(memory.state.values()), memory.activations(recipe.train_batch_size // world_size())
+    return (
+        f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
+        f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)"
+    )
 
 
 def stop(*_) -> None:

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from teachers.condition import Condition, Embeddings, example_text, fits, join, replace_rows
@@ -354,8 +353,8 @@ def unfreeze(native: nn.Module) -> None:
 
 LABEL_FORMATS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "index": lambda labels, num_classes: labels,
-    # One extra column for the null class, cut off again: null becomes all zeros.
-    "one_hot": lambda labels, num_classes: nnf.one_hot(labels.long(), num_classes + 1)[:, :num_classes].float(),
+    # The null class, num_classes, is none of these: it becomes all zeros.
+    "one_hot": lambda labels, num_classes: (labels[:, None] == torch.arange(num_classes, device=labels.device)).float(),
 }
 
 

@@ -189,19 +189,40 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     if isinstance(source, Teacher):
         return source
     config, tensors, where = read_model(source)
+    model = from_config(config, source)
+    check_tensors(model.native, tensors, where)
+    model.native.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def outline(source: str | Path) -> Teacher:
+    """As :func:`load`, but on the meta device: shapes without weights, from ``config.json`` alone where there is one. A
+    user's own network is built as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    return outline_of(load_config(source), source)
+
+
+def outline_of(config: dict, source: str | Path) -> Teacher:
+    """:func:`outline` of a model that has this ``config.json``."""
+    with torch.device("meta" if NETWORKS.get(config["network"]) in OURS else "cpu"):
+        return from_config(config, source).eval()
+
+
+def from_config(config: dict, source: str | Path) -> Teacher:
+    """The network that a checked ``config.json`` describes, with no weights filled in."""
     try:
         native = build_unfilled(config["network"], config["network_config"])
         convention = Parameterization(**config["parameterization"])
     except (TypeError, ValueError) as error:
         holder = resolve(source)
         raise ValueError(f"{holder / 'config.json' if holder.is_dir() else holder}: {error}") from error
-    check_tensors(native, tensors, where)
-    native.load_state_dict(tensors)
-    model = Teacher(
+    return Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
         config["label_format"], source=str(source), latents=config.get("latents"),
     )  # fmt: skip
-    return model.to(device).eval()
 
 
 def build_unfilled(name: str, config: dict) -> nn.Module:

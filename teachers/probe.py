@@ -41,6 +41,11 @@ MUCH_BETTER, BETTER = 1.25, 1.05
 SPREADS = (0.5, 2.0)  # standard deviation of a teacher's own samples over sigma_data
 
 
+def num_probed(sample_shape: tuple[int, ...]) -> int:
+    """How many images tell: 8, or as few as 2 of larger samples, of which each says more and costs more."""
+    return min(8, max(2, 8 * 784 // math.prod(sample_shape)))
+
+
 class Fit(NamedTuple):
     """How well a network denoises under one parameterization."""
 
@@ -70,8 +75,8 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
     of them may be a poor teacher, or untrained, and gets a verdict that says so.
 
     Args:
-        images: a few real ones ``(B, C, H, W)``, such as 8. Without them the teacher draws its own: less certain, since a
-            wrong parameterization is then judged by what it makes of noise.
+        images: a few real ones ``(B, C, H, W)``, such as :func:`num_probed`. Without them the teacher draws its own:
+            less certain, since a wrong parameterization is then judged by what it makes of noise.
         labels: of the images ``(B,)``; ``None`` for an unconditional teacher, or for the null class.
 
     Returns:
@@ -168,7 +173,8 @@ def denoising_errors(teacher: Teacher, x0: Tensor, labels: Condition | None, noi
 def draw(teacher: Teacher, noise: torch.Generator) -> tuple[Tensor, Condition | None]:
     """A few samples of the teacher's own by first-order steps, and their labels."""
     p = next(teacher.parameters(), torch.zeros(1))
-    n = max(8, 512 // math.prod(teacher.sample_shape))  # few dimensions need more samples for as good a mean
+    # Few dimensions need more samples for as good a mean.
+    n = max(num_probed(teacher.sample_shape), 512 // math.prod(teacher.sample_shape))
     labels = teacher.example_condition(n, p.device)
     x = gaussian(teacher, torch.empty(n, *teacher.sample_shape, dtype=p.dtype, device=p.device), noise)
     times = [math.atan(tan) for tan in DRAWING_TANGENTS]

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from distill.plan.passes import LiveMemory
 from teachers.networks import layers
 from teachers.networks.layers import attend, attention_tangent
 
@@ -115,3 +116,19 @@ def test_the_tangent_never_holds_all_scores(heads, head_dim):
     budget = layers.SCORES_BYTES["cpu"]
     assert naive.largest == 4 * heads * tokens**2 >= 4 * budget
     assert budget / 2 < lean.largest <= budget
+
+
+def test_memory_of_the_tangent_is_linear_in_the_tokens(monkeypatch):
+    """Once the scores of all tokens are more than a chunk."""
+    monkeypatch.setitem(layers.SCORES_BYTES, "cpu", 2**16)
+    few, many = (live_memory(attend, tokens) for tokens in (256, 1024))
+    assert 2.5 < many / few < 4.5
+    assert 10 < live_memory(plain, 1024) / live_memory(plain, 256)
+
+
+def live_memory(function, tokens: int) -> int:
+    """The most bytes alive in a derivative."""
+    primals, tangents = primals_and_tangents((1, 2, tokens, 16), torch.float32)
+    with torch.no_grad(), LiveMemory([*primals, *tangents]) as memory:
+        torch.func.jvp(function, primals, tangents)
+    return memory.peak
