@@ -21,7 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.recipe import Recipe
 from teachers import Teacher
+from teachers.networks import DiffusersDiT, DiffusersText, DiffusersUNet2D
 from teachers.pretrained import load_tensors
+
+OF_DIFFUSERS = (DiffusersDiT, DiffusersText, DiffusersUNet2D)
 
 # ---- what was asked for ----------------------------------------------------------------------------------------------
 
@@ -212,8 +215,11 @@ def shard(network: nn.Module, mesh, dtype: torch.dtype | None = None, cpu_offloa
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     options = dict(mesh=mesh, reshard_after_forward=True, offload_policy=offload)
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # What a block shares with the rest of the network is gathered with that.
+    shared = [network.get_submodule(name) for name in getattr(type(network), "shared_blocks", ())]
     for block in blocks(network):
-        fully_shard(block, mp_policy=policy(param_dtype=dtype), **options)
+        if block not in shared:
+            fully_shard(block, mp_policy=policy(param_dtype=dtype), **options)
     return fully_shard(network, mp_policy=policy(), **options)
 
 
@@ -319,13 +325,15 @@ class Placement:
         """Bring a network to where it computes, in place.
 
         Args:
-            autocast: whether it only ever runs in the recipe's precision; then its blocks are gathered in it.
+            autocast: whether it only ever runs in the recipe's precision. Then blocks of diffusers are gathered in it, which
+                halves what is sent; those of our networks compute in part in fp32, and need their weights in it.
         """
         if not self.sharded:
             return network.to(self.device)
         self.skeletons[network] = skeleton(network)
-        dtype = torch.bfloat16 if autocast and self.recipe.mixed_precision == "bf16" else None
+        bf16 = autocast and self.recipe.mixed_precision == "bf16"
         for part in sharded_parts(network):
+            dtype = torch.bfloat16 if bf16 and isinstance(part, OF_DIFFUSERS) else None
             shard(part, self.mesh, dtype, offloads(self.recipe))
         return network
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp  # noqa: F401 (the server imports what its processes would)
 
 from distill import failures
 from distill.data import training_data, training_loader
@@ -20,7 +21,7 @@ from distill.run import main
 from distill.trainer import Trainer
 
 
-def launch(world: int, output: Path, function: Callable, *args, timeout: float = 240, **environment: str) -> list[int]:
+def launch(world: int, output: Path, function: Callable, *args, timeout: float = 500, **environment: str) -> list[int]:
     """Call ``function(*args)``, one of a module that can be imported, in ``world`` processes as torchrun would start them;
     returns their exit codes. What they print goes to the file ``output``, in the order in which they print it.
     """

@@ -41,6 +41,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for kind in ("SiT", "EDM2UNet", "SongUNet"):
         teachers.save_pretrained(small_teacher(kind), folder / kind, "teacher")
+    torch.manual_seed(0)
+    dit = build("DiffusersDiT", {"config": {**DIT, "in_channels": 1, "out_channels": 2, "num_embeds_ada_norm": 3}})
+    teachers.save_pretrained(teachers.wrap(dit, teachers.RECTIFIED_FLOW, 0.5, (1, 8, 8), 3), folder / "DiT", "teacher")
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.randn(40, 8, 8, generator=generator) * 68 + 127).clamp(0, 255).byte().numpy()
     features = Features({"image": Image(), "label": Value("int64")})
@@ -67,29 +70,36 @@ def exact(folder, cases, world, **environment):
         alone = {**values, "distributed": None, "activation_checkpointing": False}
         if repr(alone) not in REFERENCES:
             REFERENCES[repr(alone)] = train(alone, STEPS)
-        check_same(torch.load(folder / f"{name}.pt"), REFERENCES[repr(alone)], name)
+        tolerance = 0.05 if values.get("mixed_precision") == "bf16" else 1e-5
+        check_same(torch.load(folder / f"{name}.pt"), REFERENCES[repr(alone)], name, tolerance)
 
 
-def check_same(found, expected, name):
+def check_same(found, expected, name, tolerance=1e-5):
     for key, gradient in expected["gradients"].items():
         error = (found["gradients"][key] - gradient.reshape(found["gradients"][key].shape)).norm() / gradient.norm()
-        assert error < 1e-5, f"{name}: the gradient of {key} is off by {error:.1e}"
+        assert error < tolerance, f"{name}: the gradient of {key} is off by {error:.1e}"
     for module, state in expected["states"].items():
         other = found["states"][module]
         assert state.keys() == other.keys()
         a, b = (torch.cat([s[key].double().flatten() for key in state]) for s in (state, other))
         error = (a - b).norm() / a.norm()
-        assert error < 1e-5, f"{name}: {module} is off by {error:.1e}"
-    torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=1e-4, atol=1e-5)  # of whole networks
+        assert error < tolerance, f"{name}: {module} is off by {error:.1e}"
+    torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=10 * tolerance, atol=tolerance)  # when gathered
     for key, value in expected["logs"].items():
-        assert found["logs"][key] == pytest.approx(value, rel=1e-4), f"{name}: {key}"
+        assert found["logs"][key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key}"
 
 
 def test_two_processes_train_as_one(folder):
+    # Every objective by both techniques, each of them with checkpointing and accumulation and without.
+    halves = [({}, BOTH), (BOTH, {}), ({}, BOTH), (BOTH, {})]
     cases = {
-        f"{name}{' both' if extra else ''} {kind}": recipe(folder, **changes, **extra, distributed=kind)
-        for name, changes in OBJECTIVES.items() for extra in ({}, BOTH) for kind in ("ddp", "fsdp")
-    } | {"everything fsdp": recipe(folder, **EVERYTHING, distributed="fsdp")}  # fmt: skip
+        f"{name} {kind}": recipe(folder, **changes, **extra, distributed=kind)
+        for (name, changes), half in zip(OBJECTIVES.items(), halves, strict=True)
+        for kind, extra in zip(("ddp", "fsdp"), half, strict=True)
+    }
+    cases["everything fsdp"] = recipe(folder, **EVERYTHING, distributed="fsdp")
+    # The blocks of a network of diffusers are gathered in bf16. A time in bf16 would make the gradient quite another one.
+    cases["bf16 fsdp"] = recipe(folder, teacher="DiT", mixed_precision="bf16", distributed="fsdp", **BOTH)
     exact(folder, cases, 2)
 
 
@@ -177,13 +187,12 @@ def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
         for key, tensor in alone.items():
             torch.testing.assert_close(shards[key].view_as(tensor), tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
     capsys.readouterr()
-    checkpoint = f"resume_from_checkpoint={folder / 'shards/checkpoint-4'}"
-    assert main([str(file), f"output_dir={folder / 'other'}", checkpoint]) == 0
+    resumed = {**values, "output_dir": str(folder / "other"), "resume_from_checkpoint": str(folder / "shards/checkpoint-4")}
+    other = Trainer(parse_recipe(resumed, "test")).train().native.state_dict()
     printed = capsys.readouterr().out
     assert "processes: 1, until here 2; every step has the same images and noise, summed in another order" in printed
     assert "distributed: ddp, until here fsdp" in printed and "images per step" not in printed
-    alone, other = (load_file(folder / run / "student/model.safetensors") for run in ("alone", "other"))
-    torch.testing.assert_close(other, alone, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(dict(other), load_file(folder / "alone/student/model.safetensors"), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("stuck", [False, True])
@@ -191,7 +200,7 @@ def test_one_failure_ends_all_processes_with_one_error(folder, stuck):
     file, output = folder / f"fail-{stuck}.yaml", folder / f"fail-{stuck}.txt"
     values = recipe(folder, objective="diffusion", label_dropout=0.0, output_dir=str(folder / "fails"))
     file.write_text(yaml.safe_dump(values))
-    assert launch(2, output, fail, [str(file)], stuck, timeout=60) == [1, 1]
+    assert launch(2, output, fail, [str(file)], stuck) == [1, 1]
     text = output.read_text()
     assert text.count("error:") == 1 and "process 1: error: image 7 is damaged" in text and "Traceback" not in text
 
