@@ -116,8 +116,8 @@ def check_evaluation(recipe: Recipe) -> None:
         config = load_config(name)
         if config["role"] != "student" or list(config["sample_shape"]) != recipe.sample_shape:
             raise ValueError(f"evaluation.also: {name} is not a student for samples of shape {recipe.sample_shape}")
-    if recipe.resume_from_checkpoint is not None:
-        find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint)
+    if recipe.resume_from_checkpoint not in (None, "latest"):
+        find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint, print)
 
 
 def search_sampling_times(recipe: Recipe, model: Model, prompts: Prompts | None) -> None:

@@ -270,15 +270,17 @@ class Trainer:
         this one would overwrite is moved aside.
         """
         asked = self.recipe.resume_from_checkpoint
-        path = None if asked is None else ckpt.find_checkpoint(self.output_dir, asked)
+        path = None if asked is None else ckpt.find_checkpoint(self.output_dir, asked, self.print)
+        self.accelerator.wait_for_everyone()  # nobody looks at checkpoints any more that are moved now
         if self.accelerator.is_main_process:
+            ckpt.remove_leftovers(self.output_dir)
             moved = ckpt.set_aside(self.output_dir, path)
             if moved:
                 self.print(f"{self.output_dir} held an earlier run; what this run would overwrite is now in {moved}")
         self.accelerator.wait_for_everyone()
         if path is None:
             if asked is not None:
-                self.print(f"no checkpoint in {self.output_dir} yet: training starts at step 0")
+                self.print(f"no whole checkpoint in {self.output_dir}: training starts at step 0")
             return
         state = ckpt.load_checkpoint(path, self.modules(), self.optimizers())
         self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
