@@ -61,9 +61,11 @@ class Browser:
 
     def open(self, path: Path, width: int = 1280, fragment: str = "") -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        end = time.monotonic() + 120
         for url in ("about:blank", path.resolve().as_uri() + fragment):  # or another fragment would not load it anew
             self.call("Page.navigate", url=url)
             while self.evaluate("[location.href, document.readyState].join()") != f"{url},complete":
+                assert time.monotonic() < end, f"{url} is not there after two minutes"
                 time.sleep(0.02)
             self.events = [] if url == "about:blank" else self.events
 
