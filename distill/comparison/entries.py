@@ -236,9 +236,9 @@ def read_images(config: ModelConfig, sample_shape: tuple[int, ...], num: int) ->
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:num].tolist()
     chosen = Images(images.rows.select(order), config.image_column, config.label_column, sample_shape[0])
     try:
-        pixels = [chosen[i][0] for i in range(len(chosen))]
-    except OSError as error:
-        raise ValueError(f"{where}: an image of {config.images!r} cannot be read: {error}") from None
+        pixels = [images[i][0] for i in order]
+    except ValueError as error:
+        raise ValueError(f"{where}: {config.images!r}: {error}") from None
     for x in pixels:
         if tuple(x.shape) != tuple(sample_shape):
             raise ValueError(
