@@ -349,7 +349,8 @@ def run_targets(folder: Path, command: str) -> dict[str, Target]:
     network(torch.ones(2)).sum().backward()
     optimizer.step()
     parts = {"network": network}, {"optimizer": optimizer}
-    checkpoint = save_checkpoint(folder / "run", 1, *parts, {"step": 1}, limit=1)
+    states = ({name: part.state_dict() for name, part in kind.items()} for kind in parts)
+    checkpoint = save_checkpoint(folder / "run", 1, *states, {"step": 1}, limit=1)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     names = ("../outside", "/etc/passwd", "", ".", "..", "\0", "a" * 1000)
     facts = manifest["files"]["state.json"]

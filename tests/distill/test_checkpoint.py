@@ -19,11 +19,15 @@ def parts():
     return {"network": network}, {"optimizer": optimizer}
 
 
+def states(parts):
+    return [{name: part.state_dict() for name, part in kind.items()} for kind in parts]
+
+
 @pytest.fixture
 def run(parts, tmp_path):
     """A run with checkpoints 2, 4 and 6."""
     for step in (2, 4, 6):
-        save_checkpoint(tmp_path, step, *parts, {"step": step}, limit=3)
+        save_checkpoint(tmp_path, step, *states(parts), {"step": step}, limit=3)
     return tmp_path
 
 
@@ -82,10 +86,10 @@ def test_what_is_no_checkpoint_is_said_to_be_none(run, tmp_path):
 
 
 def test_a_whole_checkpoint_of_the_same_step_is_kept_and_a_damaged_one_replaced(run, parts):
-    save_checkpoint(run, 6, *parts, {"step": "again"}, limit=3)
+    save_checkpoint(run, 6, *states(parts), {"step": "again"}, limit=3)
     assert load_checkpoint(run / "checkpoint-6", *parts) == {"step": 6}
     (run / "checkpoint-6/optimizer.pt").write_bytes(b"")
-    save_checkpoint(run, 6, *parts, {"step": "again"}, limit=2)
+    save_checkpoint(run, 6, *states(parts), {"step": "again"}, limit=2)
     assert load_checkpoint(find(run)[0], *parts) == {"step": "again"}
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint-4", "checkpoint-6"]
 

@@ -16,7 +16,7 @@ from distill import parallel
 from distill.data import StepSampler
 from distill.noise import BatchGenerator, draw
 from distill.recipe import parse_recipe
-from distill.run import kept_bytes, main
+from distill.run import main
 from distill.trainer import Trainer
 from teachers.networks import build
 
@@ -86,6 +86,8 @@ def check_same(found, expected, name, tolerance=1e-5):
         assert error < tolerance, f"{name}: {module} is off by {error:.1e}"
     torch.testing.assert_close(found["outputs"], expected["outputs"], rtol=10 * tolerance, atol=tolerance)  # when gathered
     for key, value in expected["logs"].items():
+        if key == "largest_tangent_norm":
+            continue  # each process has the largest mean over its own samples
         assert found["logs"][key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key}"
 
 
@@ -155,12 +157,26 @@ def test_blocks_hold_most_of_a_network(name, config, expected, left_over):
     assert 1 - size / sum(p.numel() for p in network.parameters()) < left_over
 
 
+def kept_bytes(student, batch):
+    """What a forward pass keeps for the backward pass."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = student(torch.zeros(batch, *student.sample_shape), torch.ones(batch), student.example_condition(batch))
+    del result  # held the graph, and with it every storage, until all were seen
+    return sum(kept.values())
+
+
 def test_checkpointing_keeps_less_than_half_of_the_activations():
     def kept(checkpointed):
         student = small_teacher("SiT", depth=4)
         if checkpointed:
             parallel.checkpoint_activations(student.native)
-        return kept_bytes(student, 9, "no") - kept_bytes(student, 1, "no")
+        return kept_bytes(student, 9) - kept_bytes(student, 1)
 
     assert kept(True) < 0.5 * kept(False)
 
