@@ -76,6 +76,12 @@ class Pass:
         return max(0, math.floor((budget - self.fixed) / self.per_image))
 
 
+def make_tables(network: Teacher) -> None:
+    """Have the tables of the network's noise schedules computed, which are kept: they must not be fake ones."""
+    for each in filter(None, (network, network.guidance_teacher)):
+        each.parameterization.coefficients(torch.ones(1, dtype=torch.float64), each.sigma_data)
+
+
 @contextmanager
 def attention_as_on_gpu(wanted: bool) -> Iterator[None]:
     """Let the tangent of attention take the chunks that it takes on a GPU."""
@@ -102,7 +108,9 @@ class Passes:
     def __init__(self, recipe: Recipe, networks: Networks, gpu: bool, processes: int = 1):
         self.recipe, self.networks, self.gpu = recipe, networks, gpu
         self.batch = max(1, recipe.train_batch_size // processes)
-        with FakeTensorMode() as self.mode:
+        for network in filter(None, (networks.student, networks.teacher)):
+            make_tables(network)
+        with FakeTensorMode(allow_non_fake_inputs=True) as self.mode:
             self.student = hollow(networks.student, "cpu").train(recipe.dropout > 0)
             self.teacher = None if networks.teacher is None else hollow(networks.teacher, "cpu").eval()
 
