@@ -107,7 +107,7 @@ def save_checkpoint(
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_file(tensors, temporary / f"{name}.safetensors")
         for name, optimizer in optimizers.items():
-            with (temporary / f"{name}.pt").open("wb") as file:  # by a path, torch does not say why it cannot write
+            with (temporary / f"{name}.pt").open("wb") as file:  # given a path, PyTorch does not say why it cannot
                 torch.save(optimizer.state_dict(), file)
         (temporary / STATE).write_text(json.dumps(state))
         write_manifest(temporary)
@@ -116,6 +116,8 @@ def save_checkpoint(
         os.rename(temporary, target)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        while error.__context__ is not None:  # PyTorch fails once more when it closes its file
+            error = error.__context__
         raise OSError(f"checkpoint {target} could not be written ({error}); earlier checkpoints are intact") from error
     for old in checkpoints(output_dir)[:-limit]:
         remove(old)

@@ -250,12 +250,12 @@ def read_hint(path: Path) -> dict:
         raise ValueError(f"{path} must be a mapping with keys among {', '.join(sorted(HINTS))}")
     sigma_data = hint.get("sigma_data", 1.0)
     if not is_number(sigma_data) or not 0 < sigma_data < math.inf:
-        raise ValueError(f"{path}: sigma_data must be a positive number, got {str(sigma_data)[:80]!r}")
+        raise ValueError(f"{path}: sigma_data must be a positive number, got {repr(sigma_data)[:80]}")
     if not isinstance(hint.get("network_config", {}), dict):
         raise ValueError(f"{path}: network_config must be a mapping of constructor arguments")
     names = [family.name for family in FAMILIES]
     if hint.get("family", names[0]) not in names:
-        raise ValueError(f"{path}: family is {str(hint['family'])[:80]!r}; allowed: {', '.join(names)}")
+        raise ValueError(f"{path}: family is {repr(hint['family'])[:80]}; allowed: {', '.join(names)}")
     return hint
 
 
