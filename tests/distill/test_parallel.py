@@ -1,5 +1,6 @@
 """Several processes train exactly as one does: DDP, FSDP2 and HSDP, by the trainer itself, on CPUs."""
 
+import os
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ EVERYTHING = {
     "teacher": "EDM2UNet", "guidance_teacher": "SongUNet", "guidance_scale": 2.0, "target_half_life_images": 30.0,
     "segments": {"everywhere_share": 0.0, "below": 0.5},
 }  # fmt: skip
+
+
+several_processes = pytest.mark.skipif(
+    os.environ.get("TEST_PROCESSES") != "1", reason="several processes may hang on a busy machine: make test-processes"
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +99,7 @@ def check_same(found, expected, name, tolerance=1e-5):
         assert found["logs"][key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key}"
 
 
+@several_processes
 def test_two_processes_train_as_one(folder):
     # Every objective by both techniques, each of them with checkpointing and accumulation and without.
     halves = [({}, BOTH), (BOTH, {}), ({}, BOTH), (BOTH, {})]
@@ -107,6 +114,7 @@ def test_two_processes_train_as_one(folder):
     exact(folder, cases, 2)
 
 
+@several_processes
 def test_four_processes_train_as_one(folder):
     cases = {
         "sCD ddp 4": recipe(folder, **BOTH, distributed="ddp"),
@@ -183,6 +191,7 @@ def test_checkpointing_keeps_less_than_half_of_the_activations():
     assert kept(True) < 0.5 * kept(False)
 
 
+@several_processes
 def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
     """Two processes train, validate, save, evaluate and go on; one process goes on from their checkpoint. EDM2's parameters
     without dimensions are vectors in shards.
@@ -213,6 +222,7 @@ def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
     torch.testing.assert_close(dict(other), load_file(folder / "alone/student/model.safetensors"), rtol=1e-4, atol=1e-6)
 
 
+@several_processes
 @pytest.mark.parametrize("stuck", [False, True])
 def test_one_failure_ends_all_processes_with_one_error(folder, stuck):
     file, output = folder / f"fail-{stuck}.yaml", folder / f"fail-{stuck}.txt"
