@@ -208,7 +208,7 @@ class SongUNet(nn.Module):
             self.map_augment.requires_grad_(False)  # sees zeros only
         self.guidance_embedding = guidance_embedding
         if guidance_embedding:
-            self.map_guidance = Linear(noise_channels, noise_channels, bias=False, init_scale=0.0)
+            self.map_guidance = Linear(noise_channels, emb_channels, bias=False, init_scale=0.0)
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
@@ -245,9 +245,11 @@ class SongUNet(nn.Module):
             emb = emb + self.map_label(class_labels.to(emb.dtype) * math.sqrt(self.label_dim))
         elif self.label_dim:
             emb = emb + self.map_label.bias  # the null class
+        emb = self.map_layer0(emb)
         if self.guidance_embedding and guidance is not None:
+            # Here, and not with the label: noise_channels can be few, and what a scale does depends on both time and label.
             emb = emb + self.map_guidance(self.map_noise(guidance))
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        return F.silu(self.map_layer1(F.silu(emb)))
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels=None, guidance=None) -> Tensor:
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
