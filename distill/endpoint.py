@@ -13,6 +13,8 @@ from teachers import Teacher
 from teachers.condition import Condition
 
 TIMES = (0.3, 0.8, 1.1, 1.3, 1.45, 1.53)
+# Of Heun's method from each of them: all are within 0.002 sigma_data of twice as many for the bundled EDM teacher.
+STEPS = (10, 16, 20, 26, 40, 40)
 
 
 class EndpointError:
@@ -24,12 +26,13 @@ class EndpointError:
         seed: of the noise.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor, labels: Condition | None, seed: int = 0, num_inference_steps=40):
+    def __init__(self, teacher: Teacher, x0: Tensor, labels: Condition | None, seed: int = 0):
         self.labels = labels
         generator = torch.Generator().manual_seed(seed)
         z = (teacher.sigma_data * torch.randn(x0.shape, generator=generator)).to(x0)
         self.noisy = {t: trigflow.perturb(x0, z, torch.tensor(t)).to(x0) for t in TIMES}
-        self.ends = {t: solve_ode(teacher, x, t, labels, num_inference_steps) for t, x in self.noisy.items()}
+        starts = zip(self.noisy.items(), STEPS, strict=True)
+        self.ends = {t: solve_ode(teacher, x, t, labels, steps) for (t, x), steps in starts}
 
     @torch.no_grad()
     def __call__(self, student: Teacher, guidance: float | None = None) -> dict[float, float]:

@@ -16,10 +16,7 @@ from pathlib import Path
 import distill.run
 
 # What a run imports when it gets there.
-LATER = (
-    "diffusers.utils.loading_utils", "distill.export", "matplotlib.backends.backend_agg", "matplotlib.pyplot",
-    "PIL.PngImagePlugin", "scipy.linalg", "torch._dynamo",
-)  # fmt: skip
+LATER = ("matplotlib.backends.backend_agg", "matplotlib.pyplot", "PIL.PngImagePlugin", "scipy.linalg", "torch._dynamo")
 
 
 def child(arguments: list[str], output: str, file_size: int | None) -> int:

@@ -215,11 +215,11 @@ def headers(data: bytes) -> list[bytes]:
     ]  # fmt: skip
 
 
-def bomb(levels: int, item: str = "x") -> str:
-    """A billion laughs in YAML: 200 bytes that stand for ``10 ** levels`` items."""
-    lines = [f"a0: &a0 [{', '.join([item] * 10)}]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
-    return "\n".join(lines)
+def bomb(levels: int) -> str:
+    """A billion laughs: a list in YAML that stands for ``10 ** levels`` items."""
+    lists = [f"&a0 [{', '.join(['x'] * 10)}]"]
+    lists += [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return f"[{', '.join(lists)}]"
 
 
 def recipes(command: str) -> list[bytes]:
@@ -237,8 +237,8 @@ def recipes(command: str) -> list[bytes]:
     ]  # fmt: skip
     keys = ("notes", "sample_shape", "network", "sigma_data", "base")
     attacks = [f"{text}\n{keys[i % len(keys)]}: {tag}\n" for i, tag in enumerate(tags)]
-    attacks += [f"{bomb(9)}\n{use}\n{text}" for use in ("", "notes: *a8", "sample_shape: *a8")] + [merges + text]
-    attacks += [bomb(9).replace("a8: ", "network: "), bomb(12), "a: b\n" * 100_000, "", "[]", "x", "null", "1", text * 2]
+    attacks += [f"{text}\n{key}: {bomb(9)}" for key in ("notes", "sample_shape", "seed", "network", "x")]
+    attacks += [f"{merges}\n{text}", bomb(9), "a: b\n" * 100_000, "", "[]", "x", "null", "1", text * 2]
     bases = ("../outside.yaml", "/dev/zero", "recipe.yaml", "'\\0'", "[1]", "{a: b}")
     attacks += [f"{text}\nbase: {base}" for base in bases]
     return [attack.encode() for attack in attacks] + [text.encode("utf-16"), b"\xff\xfe" + text.encode(), b"\0" * 1000]

@@ -21,11 +21,9 @@ from distill import checkpoint as ckpt
 from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
-from distill.optimizer import learning_rate
 from distill.recipe import parse_recipe
-from distill.recipe_networks import build_teacher, set_dropout
 from distill.run import check, main
-from distill.trainer import Trainer, TrainingError, save_model, trained_model
+from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, set_dropout, trained_model
 
 # The smallest network with dropout.
 SMALL_UNET = {"channel_mult": [1], "attn_resolutions": []}
@@ -141,27 +139,6 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
-
-
-def test_an_absurd_learning_rate_ends_with_the_last_good_checkpoint(world, capsys):
-    folder, values = world
-    values |= {"objective": "training", "teacher": str(folder / "weaker"), "tangent": {"warmup_steps": 0}, "dropout": 0.0}
-    values |= {"validation_steps": 100, "logging_steps": 2}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**values, "max_train_steps": 100, "optimizer": {"learning_rate": 0.3, "name": "adam"}}))
-    run(values, max_train_steps=2, optimizer={"learning_rate": 1e-3, "name": "adam"})
-    good = load_file(folder / "run/checkpoint-2/network.safetensors")
-    assert main([str(path), "resume_from_checkpoint=latest", "evaluation.validation_samples=0"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert re.match("error: training has diverged: .* the last good checkpoint: .*run/checkpoint-2; ", error)
-    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
-    assert all(torch.isfinite(tensor).all() and tensor.abs().max() < 100 for tensor in good.values())
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    assert lines[-1]["step"] > 2 and all(
-        lines[-1][f"largest_{key}"] > 10 * lines[0][f"largest_{key}"] for key in ("tangent_norm", "grad_norm")
-    )  # fmt: skip
-    assert (folder / "run/curves.png").stat().st_mtime_ns >= (folder / "run/metrics.jsonl").stat().st_mtime_ns
 
 
 @contextmanager
@@ -284,9 +261,10 @@ def test_a_teacher_in_memory_is_trained_without_a_file(world, make_teacher):
     teacher = make_teacher("SiT", depth=1).requires_grad_(False)
     trainer = Trainer(parse_recipe({**values, "teacher": "in memory", "max_train_steps": 2}, "test"), teacher)
     trainer.train()
+    trainer.earlier_seconds = 90.0  # of a run that this one goes on from
     save_model(trained_model(trainer), folder / "student")
     config = teachers.load_config(folder / "student")
-    assert config["teacher"] == "in memory" and config["training"]["minutes"] >= 0
+    assert config["teacher"] == "in memory" and 1.5 <= config["training"]["minutes"] < 30
     assert not equal_modules(teachers.load(folder / "student"), teacher)
 
 
@@ -614,7 +592,9 @@ def test_a_teacher_gets_a_smooth_time_and_a_student_starts_from_it(world, capfd)
     save_model(model, folder / "smooth/student")
     assert model.role == "teacher" and model.network.parameterization.time == "trigflow"
 
-    student = run(values, student=str(folder / "smooth"), max_train_steps=1)
+    student = Trainer(parse_recipe({**values, "student": str(folder / "smooth")}, "test"))
+    student.backward(0, torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+    assert all(torch.isfinite(p.grad).all() for p in student.network.parameters() if p.grad is not None)
     assert student.teacher.parameterization.time == "log_sigma/4"  # the velocity is still the original's
     assert trained_model(student).network.parameterization.time == "trigflow"
     with pytest.raises(ValueError, match="has a smooth time embedding already"):
