@@ -1,6 +1,7 @@
 # make demo   the main job: a bundled teacher becomes a student and a diffusers pipeline in runs/mnist
+# make report a comparison of bundled models, with few samples: runs/report/report.html
 # make test   ruff and the whole test suite
-# Both first install the package and its tested dependencies into .venv. Without a GPU,
+# All first install the package and its tested dependencies into .venv. Without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment makes the download of PyTorch far smaller.
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV ?= .venv
@@ -8,7 +9,7 @@ STAMP := $(VENV)/.installed
 # accelerate gives each process one CPU thread unless told otherwise.
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo report test lint clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) distill/run.py recipes/mnist.yaml
+
+report: setup
+	$(VENV)/bin/distill compare recipes/compare/report.yaml
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from distill.cpu import tune_cpu
+from distill.log import Window
 from distill.recipe import load_recipe, parse_overrides
 from distill.sampling import sample_student, sample_teacher
-from distill.trainer import Trainer, Window
+from distill.trainer import Trainer
 from teachers import load
 
 WARM_UP, BLOCKS, STEPS = 3, 7, 4

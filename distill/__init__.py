@@ -1,14 +1,13 @@
 """scm-distill: pretrained diffusion and flow-matching models into continuous-time consistency models."""
 
-__all__ = ["Model", "from_pretrained"]
+from importlib import import_module
+
+# What is imported when it is first used, and from where: torch takes seconds, and ``distill --help`` does without.
+PUBLIC = {"Model": "distill.model", "compare": "distill.comparison", "from_pretrained": "distill.model"}
+__all__ = ["Model", "compare", "from_pretrained"]
 
 
 def __getattr__(name: str):
-    """``Model`` and ``from_pretrained`` when they are first used: torch takes seconds to import, and ``distill --help`` does
-    without.
-    """
-    if name not in __all__:
+    if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from distill import model
-
-    return getattr(model, name)
+    return getattr(import_module(PUBLIC[name]), name)

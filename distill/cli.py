@@ -69,6 +69,20 @@ def evaluate(options: argparse.Namespace) -> None:
         write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
 
 
+def compare(options: argparse.Namespace) -> None:
+    """Quality and diversity of any models side by side: a report to look at; goes on where an earlier call stopped."""
+    import shlex
+
+    from distill.comparison import run
+    from distill.comparison.table import format_rows
+    from distill.recipe import parse_overrides
+
+    command = shlex.join(["distill", "compare", options.config, *options.overrides])
+    report = run(options.config, parse_overrides(options.overrides), command)
+    print(format_rows(report))
+    print(f"\nreport in {report['config']['output_dir']}/report.html")
+
+
 def export(options: argparse.Namespace) -> None:
     """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
@@ -176,6 +190,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
+
+    p = add_verb(verbs, "compare", compare, "distill compare compare/report.yaml num_samples=500")
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships: compare/report.yaml")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="its values; dots reach inside sections")
 
     p = add_verb(verbs, "export", export, "distill export runs/sd3 my-pipeline --format diffusers --pipeline sd3-medium")
     add_source(p)

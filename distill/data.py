@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL import Image
-from safetensors import safe_open
+from pyarrow.compute import struct_field
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
@@ -26,7 +26,7 @@ from distill.sampling import generate
 from distill.shards import model_hash
 from teachers import Teacher
 from teachers.condition import Condition, Embeddings
-from teachers.pretrained import write_atomically
+from teachers.pretrained import read_safetensors, write_atomically
 
 ASSETS = Path(__file__).parent / "assets"
 SIGMA_DATA_TOLERANCE = 0.05
@@ -44,9 +44,19 @@ class Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        image = torch.from_numpy(self.pixels(row[self.image_column])).float() / 127.5 - 1
+        with self.one_sentence(index):
+            row = self.rows[index]
+            image = torch.from_numpy(self.pixels(row[self.image_column])).float() / 127.5 - 1
         return image, row[self.label_column] if self.label_column else 0
+
+    @contextmanager
+    def one_sentence(self, index: int):
+        """Errors of PIL, of which there are many kinds, as a ``ValueError`` that says which image."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"image {index} of column {self.image_column!r} cannot be read: {reason}") from error
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 ``(C, H, W)``."""
@@ -144,7 +154,23 @@ def load_images(config: DataConfig, channels: int) -> Images:
             raise ValueError(f"data source {config.source!r} has no column {column!r}; it has: {have}")
     if not isinstance(rows.features[config.image_column], datasets.Image):
         raise ValueError(f"column {config.image_column!r} of data source {config.source!r} holds no images")
+    if not len(rows):
+        raise ValueError(f"data source {config.source!r} holds no images")
+    path = Path(config.source)
+    if path.is_file() or any(path.glob(f"{config.split}*.parquet")):
+        check_embedded(rows, config)
     return Images(rows, config.image_column, config.label_column, channels)
+
+
+def check_embedded(rows: datasets.Dataset, config: DataConfig) -> None:
+    """Raise ``ValueError`` for a parquet file that does not hold its images, but names files or addresses to read."""
+    chunks = rows.data.column(config.image_column).chunks
+    missing = sum(struct_field(chunk, "bytes").null_count for chunk in chunks)
+    if missing:
+        raise ValueError(
+            f"column {config.image_column!r} of data source {config.source!r} lacks {missing} images: a parquet file must "
+            "hold them as bytes"
+        )
 
 
 def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
@@ -152,7 +178,12 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     column = images.rows.cast_column(images.image_column, datasets.Image(decode=False)).with_format("arrow")
     encoded = column[:][images.image_column].combine_chunks()
     files = zip(encoded.field("bytes").to_pylist(), encoded.field("path").to_pylist(), strict=True)
-    pixels = [images.pixels(Image.open(io.BytesIO(data) if data else path)) for data, path in files]
+    pixels = []
+    for index, (data, path) in enumerate(files):
+        with images.one_sentence(index):
+            pixels.append(images.pixels(Image.open(path if data is None else io.BytesIO(data))))
+            if pixels[-1].shape != pixels[0].shape:
+                raise ValueError(f"it has shape {list(pixels[-1].shape)}, the first one has {list(pixels[0].shape)}")
     labels = image_labels(images)
     if labels is None:
         labels = torch.zeros(len(pixels), dtype=torch.long)
@@ -278,8 +309,8 @@ def training_images(recipe: Recipe) -> Images:
 
 
 def check_sigma_data(images: Dataset, recipe: Recipe) -> None:
-    """Compare the recipe's sigma_data with the data's standard deviation (over up to 10,000 images)."""
-    indices = torch.linspace(0, len(images) - 1, min(len(images), 10_000)).long()
+    """Compare the recipe's sigma_data with the data's standard deviation (over up to 2,000 images)."""
+    indices = torch.linspace(0, len(images) - 1, min(len(images), 2_000)).long()
     values = torch.stack([images[int(i)][0] for i in indices])
     measured = values.double().std().item()
     if abs(measured - recipe.sigma_data) > SIGMA_DATA_TOLERANCE * recipe.sigma_data:
@@ -326,11 +357,12 @@ def teacher_samples(
     path = cache / f"teacher-samples-{model_hash(teacher, facts)[:16]}.safetensors"
     if not path.exists():
         draw_teacher_samples(teacher, recipe, path, prompts)
-    with safe_open(path, "pt") as file:
-        labels = file.get_tensor("labels").long()
-        if teacher.latents:
-            return file.get_tensor("latents").float(), labels
-        return file.get_tensor("images").float() / 127.5 - 1, labels
+    tensors, key = read_safetensors(path), "latents" if teacher.latents else "images"
+    shapes = {"labels": [config.num_teacher_samples], key: [config.num_teacher_samples, *teacher.sample_shape]}
+    if {name: list(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        raise ValueError(f"{path} does not hold the samples of this recipe (damaged or changed); delete it")
+    samples = tensors[key].float()
+    return samples if teacher.latents else samples / 127.5 - 1, tensors["labels"].long()
 
 
 def draw_teacher_samples(teacher: Teacher, recipe: Recipe, path: Path, prompts: Prompts | None) -> None:
@@ -355,15 +387,18 @@ def draw_teacher_samples(teacher: Teacher, recipe: Recipe, path: Path, prompts: 
 class StepSampler:
     """Batches of indices as a function of the step alone, so that a resumed run sees the data it would have seen.
 
-    Every process takes its share of one global batch; each index appears once an epoch. The last incomplete batch of
-    an epoch is dropped.
+    Every process takes its share of a batch of ``batch_size``, in the order of the processes; each index appears once an
+    epoch, however many processes there are. The last incomplete batch of an epoch is dropped.
+
+    Raises:
+        ValueError: fewer images than one batch.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1):
-        if size < batch_size * world:
-            raise ValueError(f"{size} images are fewer than one batch of {batch_size * world}")
+        if size < batch_size:
+            raise ValueError(f"{size} images are fewer than one batch of {batch_size}")
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.per_epoch = size // (batch_size * world)
+        self.per_epoch = size // batch_size
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __len__(self) -> int:
@@ -375,8 +410,9 @@ class StepSampler:
             if epoch != step // self.per_epoch:
                 epoch = step // self.per_epoch
                 order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch))
-            first = ((step % self.per_epoch) * self.world + self.rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            share = self.batch_size // self.world
+            first = (step % self.per_epoch) * self.batch_size + self.rank * share
+            yield order[first : first + share].tolist()
 
 
 def training_loader(data: Dataset, sampler: StepSampler, num_workers: int) -> DataLoader | Iterator:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distill.parallel import local
+
 
 def power_exponent(sigma_rel: float) -> float:
     """Exponent ``gamma`` of the power-function profile of relative width ``sigma_rel``: the largest real root of
@@ -35,10 +37,6 @@ class EMA:
         self.half_life_images = half_life_images
         self.exponent = None if sigma_rel is None else power_exponent(sigma_rel)
 
-    def to(self, device: torch.device) -> "EMA":
-        self.network.to(device)
-        return self
-
     def decay(self, images: int, batch: int) -> float:
         """The factor on the old average after a step of ``batch`` images, ``images`` in total with this step."""
         if self.exponent is not None:
@@ -51,9 +49,9 @@ class EMA:
         averaged, current = [], []
         for old, new in zip(self.tensors(self.network), self.tensors(network), strict=True):
             if isinstance(new, nn.Parameter) and new.requires_grad:
-                averaged.append(old.data), current.append(new.data)
+                averaged.append(local(old.data)), current.append(local(new.data))
             elif old is not new:
-                old.copy_(new)
+                local(old).copy_(local(new))
         torch._foreach_lerp_(averaged, current, 1 - self.decay(images, batch))
 
     @staticmethod

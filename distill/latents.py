@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distill.normalization import LatentNormalization, decode, normalization
-from distill.shards import Kind, Shards, is_folder_of, open_shard
+from distill.shards import MANIFEST, Kind, Shards, is_folder_of, open_shard
 from teachers import hub
 from teachers.diffusers import has_safetensors, read_json
+from teachers.networks import is_number
+from teachers.pretrained import is_size
 
 LATENTS = Kind("latents", frozenset({"normalization", "sample_shape", "label_column"}))
 
@@ -111,14 +113,17 @@ class Latents(Dataset):
     def __init__(self, folder: str | Path, seed: int = 0):
         self.seed, self.shards = seed, Shards(folder, LATENTS)
         manifest = self.shards.manifest
-        constants = manifest["normalization"]
-        self.normalization = LatentNormalization(constants["image_low"], constants["scale"], constants["bias"])
         self.shape: list[int] = manifest["sample_shape"]
+        where = self.shards.folder / MANIFEST
+        if not (isinstance(self.shape, list) and len(self.shape) == 3 and all(map(is_size, self.shape))):
+            raise ValueError(f"{where}: sample_shape must be a list of 3 sizes, got {str(self.shape)[:80]}")
+        self.normalization = normalization_of(manifest["normalization"], self.shape[0], where)
         self.labelled = manifest["label_column"] is not None
+        self.shards.check_rows({"mean": self.shape, "std": self.shape, **({"labels": ()} if self.labelled else {})})
         self.labels = torch.zeros(len(self), dtype=torch.long)
         if self.labelled:
             files = [open_shard(self.shards.folder / name) for name in self.shards.names]
-            self.labels = torch.cat([file.get_tensor("labels") for file in files])
+            self.labels = torch.cat([file.get_tensor("labels") for file in files]).long()
 
     def __len__(self) -> int:
         return self.shards.count
@@ -130,6 +135,20 @@ class Latents(Dataset):
         digest = hashlib.sha256(f"latent {self.seed} {epoch} {row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         return self.normalization(mean + std * torch.randn(mean.shape, generator=generator)), int(self.labels[row])
+
+
+def normalization_of(constants, channels: int, where: Path) -> LatentNormalization:
+    """The reverse of :func:`constants_of`, from a manifest.
+
+    Raises:
+        ValueError: not the constants of a normalisation of so many channels.
+    """
+    values = constants if isinstance(constants, dict) else {}
+    scale, bias = values.get("scale"), values.get("bias")
+    lists = all(isinstance(v, list) and len(v) in (1, channels) and all(map(is_number, v)) for v in (scale, bias))
+    if not lists or not is_number(values.get("image_low")):
+        raise ValueError(f"{where}: normalization must have image_low, and scale and bias for {channels} channels")
+    return LatentNormalization(values["image_low"], scale, bias)
 
 
 def constants_of(norm: LatentNormalization, name: str) -> dict:

@@ -196,6 +196,7 @@ class Prompts:
     def __init__(self, folder: str | Path):
         self.shards = Shards(folder, PROMPTS, extra=(NULL,))
         self.null = null_prompt(folder)
+        self.shards.check_rows({name: tuple(tensor.shape[1:]) for name, tensor in self.null.tensors.items()})
 
     def __len__(self) -> int:
         return self.shards.count

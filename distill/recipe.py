@@ -12,6 +12,9 @@ import yaml
 
 from distill.schedule import INTERMEDIATE_TIMES
 
+# Of a recipe's file, and of its values with every alias written out.
+MAX_BYTES, MAX_CHARACTERS = 100_000, 1_000_000
+MAX_NUMBER = 10**300  # what a float can hold, and infinity not
 OBJECTIVES = ("diffusion", "distillation", "training", "retrofit", "vsd")
 
 
@@ -132,7 +135,7 @@ class Recipe:
     output_dir: str
     sigma_data: float
     max_train_steps: int
-    train_batch_size: int  # per process and accumulation step
+    train_batch_size: int  # per accumulation step, over all processes
     sample_shape: list[int]  # [C, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
@@ -161,6 +164,9 @@ class Recipe:
     dropout: float = 0.0
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
+    distributed: str | None = None  # several processes: ddp, fsdp or hsdp; null: what accelerate was configured for
+    activation_checkpointing: bool = False  # recompute each block in the backward pass in place of keeping its activations
+    cpu_offload: bool = False  # fsdp and hsdp: weights, gradients, averages and optimizer in the memory of the CPU
     vsd: VSDConfig | None = None  # vsd, and distillation, to whose loss it is added
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: list[EMAConfig] = field(default_factory=lambda: [EMAConfig(half_life_images=500_000)])
@@ -193,6 +199,7 @@ class Recipe:
 CHOICES = {
     "objective": OBJECTIVES,
     "mixed_precision": ("no", "bf16"),
+    "distributed": (None, "ddp", "fsdp", "hsdp"),
     "report_to": (None, "tensorboard", "wandb"),
     "tangent.normalization": ("rms", "l2", "clip", "none"),
     "optimizer.name": ("radam", "adam", "adamw"),
@@ -258,10 +265,12 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
     """The recipe's values over those of its base; ``heirs`` are the recipes that asked for it as theirs."""
     if path.resolve() in heirs:
         raise ValueError(f"{path} is, through base, its own base recipe")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES:,} bytes, which no recipe is")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, got {type(values).__name__}")
     expand_data(values)
@@ -271,6 +280,35 @@ def read_yaml(path: Path, heirs: tuple[Path, ...] = ()) -> dict:
     if not (path.parent / str(base)).is_file():
         raise FileNotFoundError(f"{path}: base recipe {base!r} does not exist beside it")
     return merge(read_yaml(path.parent / base, (*heirs, path.resolve())), values)
+
+
+def parse_yaml(text: str):
+    """Plain values: no tag makes anything else, and aliases cannot multiply them without bounds.
+
+    Raises:
+        ValueError: anything else, in one sentence.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None and written_out(node, {}) > MAX_CHARACTERS:
+            raise ValueError(f"its aliases stand for more than {MAX_CHARACTERS:,} characters, or for what they are part of")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:  # the last, of malformed scalars
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def written_out(node: yaml.Node, lengths: dict[int, float]) -> float:
+    """Characters of a YAML node when every alias is replaced by what it stands for; infinite for one inside itself."""
+    if id(node) not in lengths:
+        lengths[id(node)] = math.inf  # until it is known
+        parts = node.value if isinstance(node.value, list) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        own = 1 if parts else 1 + len(node.value)
+        lengths[id(node)] = own + sum(written_out(child, lengths) for child in children)
+    return lengths[id(node)]
 
 
 def expand_data(values: dict) -> None:
@@ -304,8 +342,8 @@ def parse_overrides(arguments: list[str]) -> dict:
         if not equals:
             raise ValueError(f"override {argument!r} must look like key=value")
         try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except ValueError:
             raise ValueError(f"override {argument!r}: {text!r} is not a YAML value") from None
         overrides[key] = number(value) if isinstance(value, str) else value
     return overrides
@@ -328,7 +366,7 @@ def parse_recipe(values: dict, where: str) -> Recipe:
         value = get_dotted(recipe, key)
         if value not in allowed:
             names = ", ".join("null" if a is None else str(a) for a in allowed)
-            raise ValueError(f"{where}: {key} is {value!r}; allowed: {names}")
+            raise ValueError(f"{where}: {key} is {shown(value)}; allowed: {names}")
     for key in POSITIVE:
         if not get_dotted(recipe, key) > 0:
             raise ValueError(f"{where}: {key} must be positive, got {get_dotted(recipe, key)}")
@@ -465,7 +503,7 @@ def get_dotted(recipe: Recipe, key: str):
 
 def parse_dataclass(cls, values, where: str, prefix: str):
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {prefix.rstrip('.')} must be a mapping, got {values!r}")
+        raise ValueError(f"{where}: {prefix.rstrip('.')} must be a mapping, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -516,7 +554,7 @@ def parse_value(hint, value, where: str, key: str):
         return [parse_value(item, v, where, f"{key}[{i}]") for i, v in enumerate(value)]
     elif hint is float and not isinstance(value, bool):
         value = number(value) if isinstance(value, str) else value
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and abs(value) < MAX_NUMBER:
             return float(value)
     elif hint is type(None) and value is None:
         return None
@@ -524,7 +562,14 @@ def parse_value(hint, value, where: str, key: str):
         return "no"  # YAML 1.1 reads an unquoted `no` as false
     elif hint in (int, str, bool, dict) and type(value) is hint:
         return value
-    raise ValueError(f"{where}: {key} must be {describe(hint)}, got {value!r}")
+    raise ValueError(f"{where}: {key} must be {describe(hint)}, got {shown(value)}")
+
+
+def shown(value) -> str:
+    """A value in an error message, which it must not fill."""
+    huge = isinstance(value, int) and abs(value) > MAX_NUMBER  # Python refuses to write some down
+    text = "a number with too many digits" if huge else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def to_dict(recipe: Recipe) -> dict:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
@@ -32,25 +33,23 @@ from distill.evaluation import (
     recipe_reference,
 )
 from distill.evaluation.features import default_features, load_features
+from distill.failures import Watch, report_crash, report_error
 from distill.jvp import check_jvp
 from distill.lora import write_adapters
 from distill.model import Model, from_pretrained
+from distill.parallel import check_launch, start_processes, world_size
 from distill.plan.memory import Memory, fit_to_device
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
+from distill.recipe_networks import build_student, build_teacher, load_pretrained, load_velocity_teacher, teacher_verdicts
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
 from distill.trainer import (
     Trainer,
     TrainingError,
-    build_student,
-    build_teacher,
     check_tracker,
-    load_pretrained,
-    load_velocity_teacher,
     ordinary_student,
     save_model,
-    teacher_verdicts,
     trained_model,
     uses_derivative,
 )
@@ -77,7 +76,9 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     if obstacle is not None:
         trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
-    model = trained_model(trainer)
+    model, teacher = trained_model(trainer), trainer.teacher
+    if teacher is not None and recipe.evaluation.teacher_steps:
+        teacher = trainer.placement.gathered(teacher)
     if not trainer.accelerator.is_main_process:
         return model
     folder = trainer.output_dir / "student"
@@ -85,7 +86,7 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     if recipe.lora is not None and recipe.student is None:  # adapters of the teacher, which its pipeline has
         write_adapters(folder, trainer.student)
     search_sampling_times(recipe, model, trainer.prompts)
-    rows = report(recipe, model, trainer.teacher, trainer.prompts)
+    rows = report(recipe, model, teacher, trainer.prompts)
     others = tuple(f"{name}, " for name in recipe.evaluation.also)
     model.config["metrics"] = {title: row for title, row in rows.items() if not title.startswith(others)}
     written = ["grid.png", "metrics.md", "metrics.json", "curves.png", "student/"]
@@ -115,8 +116,8 @@ def check_evaluation(recipe: Recipe) -> None:
         config = load_config(name)
         if config["role"] != "student" or list(config["sample_shape"]) != recipe.sample_shape:
             raise ValueError(f"evaluation.also: {name} is not a student for samples of shape {recipe.sample_shape}")
-    if recipe.resume_from_checkpoint is not None:
-        find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint)
+    if recipe.resume_from_checkpoint not in (None, "latest"):
+        find_checkpoint(Path(recipe.output_dir), recipe.resume_from_checkpoint, print)
 
 
 def search_sampling_times(recipe: Recipe, model: Model, prompts: Prompts | None) -> None:
@@ -214,10 +215,11 @@ def check(recipe: Recipe) -> str:
     """Validate a recipe without training: files, shapes, labels, whether the teacher denoises, the network's
     derivative, and a memory estimate.
     """
-    memory = fit_to_device(recipe)
     check_output_dir(Path(recipe.output_dir))
     check_evaluation(recipe)
     check_tracker(recipe)
+    check_launch(recipe)
+    memory = fit_to_device(recipe)
     pretrained = load_pretrained(recipe)
     teacher, velocity_teacher = build_teacher(recipe, pretrained), load_velocity_teacher(recipe, pretrained)
     student = build_student(recipe, pretrained)
@@ -248,7 +250,7 @@ def memory_line(recipe: Recipe, memory: Memory | None) -> str:
     """What :func:`distill.plan.fit_to_device` found, as a sentence."""
     if memory is None:
         return "memory per process: cannot be estimated, because this network cannot be run without weights"
-    state, activations = sum(memory.state.values()), memory.activations(recipe.train_batch_size)
+    state, activations = sum(memory.state.values()), memory.activations(recipe.train_batch_size // world_size())
     return (
         f"memory per process: about {(state + activations) / 2**20:,.0f} MiB ({state / 2**20:,.0f} for weights, gradients, "
         f"optimizer, EMA and teacher, {activations / 2**20:,.0f} for activations)"
@@ -276,18 +278,28 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     signal.signal(signal.SIGTERM, stop)  # inside its loop the trainer handles the signal itself
     tune_cpu()
+    watch = None
     try:
+        start_processes()
+        watch = Watch() if dist.is_initialized() else None
         recipe = load_recipe(options.recipe, parse_overrides(options.overrides))
         if options.check:
-            print(check(recipe))
+            text = check(recipe)
+            if watch is None or watch.rank == 0:
+                print(text)
         else:
             run(recipe)
     except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
+        return report_error(sentence(error), watch)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if watch is None:
+            raise
+        return report_crash(error, watch)
+    if watch is not None:
+        dist.destroy_process_group()
     return 0
 
 

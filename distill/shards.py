@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teachers.diffusers import read_json
-from teachers.pretrained import check_target, write_atomically
+from teachers.pretrained import check_target, is_size, shorten, write_atomically
 
 MANIFEST, VERSION = "manifest.json", 1
 # What a manifest says that is not an input of the data.
@@ -60,6 +60,12 @@ def read_manifest(folder: Path, kind: Kind) -> dict:
     missing = {"count", "shard_size", "shards", *kind.keys} - manifest.keys()
     if missing:
         raise ValueError(f"{path} lacks the key {min(missing)!r}")
+    for key in ("count", "shard_size"):
+        if not is_size(manifest[key]):
+            raise ValueError(f"{path}: {key} must be a whole number of at least 1, got {str(manifest[key])[:80]}")
+    hashes = manifest["shards"]
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+        raise ValueError(f"{path}: shards must be a mapping of files to their hashes")
     return manifest
 
 
@@ -81,6 +87,7 @@ def model_hash(model: nn.Module, facts) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a network that is sharded
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -152,12 +159,25 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, kind: Kind, extra: tuple[str, ...] = ()):
-        self.folder = Path(folder)
+        self.folder, self.kind = Path(folder), kind
         self.manifest = read_manifest(self.folder, kind)
         self.count, self.shard_size = self.manifest["count"], self.manifest["shard_size"]
+        hashes, wanted = self.manifest["shards"], -(-self.count // self.shard_size) + len(extra)
+        if len(hashes) < wanted:  # before their names are written down: a manifest can ask for any number
+            raise unfinished(self.folder, kind, len(hashes), wanted)
         self.names = list(shard_rows(kind, self.count, self.shard_size))
         open_shard.cache_clear()  # a file may have been replaced since it was opened
-        verify(self.folder, kind, [*self.names, *extra], self.manifest["shards"])
+        verify(self.folder, kind, [*self.names, *extra], hashes)
+
+    def check_rows(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ``ValueError`` unless every file has these tensors, of a row's shape, and as many rows as it should have."""
+        rows = shard_rows(self.kind, self.count, self.shard_size)
+        for name in self.names:
+            file = open_shard(self.folder / name)
+            for key, shape in shapes.items():
+                found = list(file.get_slice(key).get_shape()) if key in file.keys() else None
+                if found != [len(rows[name]), *shape]:
+                    raise ValueError(f"{self.folder / name}: {key} must have shape {[len(rows[name]), *shape]}, got {found}")
 
     def place(self, row: int):
         """The open file that holds a row, and where in its tensors that is."""
@@ -170,9 +190,7 @@ def verify(folder: Path, kind: Kind, names: list[str], hashes: dict[str, str]) -
     again = f"run the same {kind.command} again"
     done = sum(name in hashes for name in names)
     if done < len(names):
-        raise ValueError(
-            f"the {kind.name} in {folder} are not finished: {done} of {len(names)} files; {again}, it goes on from there"
-        )
+        raise unfinished(folder, kind, done, len(names))
     for name in names:
         path = folder / name
         if not path.is_file():
@@ -183,10 +201,17 @@ def verify(folder: Path, kind: Kind, names: list[str], hashes: dict[str, str]) -
             )
 
 
+def unfinished(folder: Path, kind: Kind, done: int, wanted: int) -> ValueError:
+    return ValueError(
+        f"the {kind.name} in {folder} are not finished: {done} of {wanted} files; run the same {kind.command} again, it "
+        "goes on from there"
+    )
+
+
 @lru_cache(maxsize=256)
 def open_shard(path: Path):
     """A file, mapped into memory. Each process opens its own."""
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {shorten(str(error))}") from None

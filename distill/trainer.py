@@ -1,236 +1,65 @@
 """The training loop: one recipe from start, or from a checkpoint, to a trained network."""
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import math
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm import tqdm
 
 from distill import checkpoint as ckpt
-from distill.data import StepSampler, collate, recipe_prompts, training_data, training_loader
+from distill.data import StepSampler, recipe_prompts, training_data, training_loader
 from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
-from distill.lora import adapters, add_adapters, merged, sharing_student
-from distill.model import Model, has_no_velocity, load_guidance_teacher
-from distill.objectives.scm import Loss, build_objective
+from distill.log import MetricsLog, Window
+from distill.lora import adapters, merged
+from distill.model import Model
+from distill.noise import BatchGenerator
+from distill.objectives.scm import Loss, autocast, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.objectives.vsd import VSD, FakeScore
-from distill.prompts import Prompts, null_prompt
+from distill.optimizer import build_optimizer, learning_rate, set_learning_rate
+from distill.parallel import Placement, build_accelerator, whole, whole_optimizer_state, whole_state
+from distill.prompts import Prompts
 from distill.recipe import OptimizerConfig, Recipe, to_dict
-from distill.sampling import device_of, generate
+from distill.recipe_networks import (
+    build_student,
+    build_teacher,
+    few_images,
+    license_of,
+    load_pretrained,
+    load_velocity_teacher,
+    set_dropout,
+    teacher_verdicts,
+)
+from distill.sampling import evaluation_mode, generate
 from distill.visual import plot_curves, save_grid
-from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
-from teachers.condition import Condition, fits
-from teachers.networks import build, is_registered
+from teachers import Teacher
+from teachers.condition import Condition
+from teachers.networks import is_registered
 from teachers.pretrained import model_config, write_atomically, write_model, write_weights
-from teachers.probe import num_probed
-from teachers.retrofit import retrofit
+
+LARGEST_OUTPUT = 100.0  # rms of F, which is about 1, beyond which a network has diverged
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# What follows when a run goes on in another layout.
+SAME = "every step has the same images and noise, summed in another order"
+CHANGED = {"processes": f"{SAME}, and other dropout masks", "distributed": SAME, "images_per_step": "steps are other steps"}
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is left."""
-
-
-def build_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
-    """The recipe's pretrained network with the recipe's guidance; ``None`` for objective ``diffusion``. One in memory that
-    brings its own guidance teacher keeps it if the recipe names none.
-
-    Raises:
-        FileNotFoundError: the guidance teacher is not there.
-        ValueError: guidance of an unconditional network by itself, or by one that does not fit.
-    """
-    if recipe.is_diffusion:
-        return None
-    scale, interval = recipe.guidance_scale, recipe.guidance_interval
-    guide = pretrained.guidance_teacher
-    if recipe.guidance_teacher is not None:
-        guide = fitted(load_guidance_teacher(recipe.guidance_teacher), recipe)
-    if scale != 1.0 and not pretrained.is_conditional and guide is None:
-        raise ValueError(
-            f"teacher {recipe.teacher!r} is unconditional and can be guided by a guidance_teacher only; name one or remove "
-            "guidance_scale"
-        )
-    if scale != 1.0 and guide is None:
-        pretrained.require_null_class()
-    # Over a range the objective passes its own scales; validation looks at the lowest.
-    low = scale[0] if isinstance(scale, list) else scale
-    return pretrained.guided_by(low, None if interval is None else tuple(interval), guide)
-
-
-def load_pretrained(recipe: Recipe, given: Teacher | None = None) -> Teacher | None:
-    """The network that the recipe starts from, or the one ``given`` in its place; ``None`` for one trained from scratch.
-
-    Raises:
-        FileNotFoundError: it is not there; with the recipe's notes, which may say where to get it.
-        ValueError: its samples are not those of the recipe.
-    """
-    if recipe.network is not None:
-        return None
-    if given is None:
-        return load_fitting(recipe.teacher, recipe, for_velocity=recipe.needs_velocity)
-    given = fitted(given, recipe)
-    check_fits(given, recipe.teacher, recipe)
-    return with_null_prompt(given, recipe.teacher, recipe)
-
-
-def load_velocity_teacher(recipe: Recipe, pretrained: Teacher | None) -> Teacher | None:
-    """The frozen network that objectives ``diffusion`` and ``retrofit`` (the ``pretrained`` one) take their targets from;
-    ``None`` if they come from the data.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load_pretrained`; or it has no null class where labels are dropped.
-    """
-    if recipe.objective == "retrofit":
-        return pretrained
-    if recipe.velocity_teacher is None:
-        return None
-    teacher = load_fitting(recipe.velocity_teacher, recipe, for_velocity=True)
-    if recipe.label_dropout and teacher.num_classes is not None:
-        teacher.require_null_class()
-    return teacher
-
-
-def load_fitting(source: str, recipe: Recipe, for_velocity: bool) -> Teacher:
-    """Load a pretrained network and check that its samples are those of the recipe and, ``for_velocity``, its role."""
-    try:
-        teacher = fitted(load(source), recipe)
-    except FileNotFoundError as error:
-        notes = f" ({recipe.notes})" if recipe.notes else ""
-        raise FileNotFoundError(f"the recipe needs {source}{notes}: {error}") from None
-    if for_velocity and load_config(source)["role"] == "student":
-        raise ValueError(has_no_velocity(source))
-    check_fits(teacher, source, recipe)
-    return with_null_prompt(teacher, source, recipe)
-
-
-def fitted(teacher: Teacher, recipe: Recipe) -> Teacher:
-    """The same network for samples of the recipe's size and ``sigma_data``, where it is free of its own."""
-    return teacher.at_sigma_data(recipe.sigma_data).at_sample_shape(recipe.sample_shape)
-
-
-def teacher_verdicts(
-    recipe: Recipe, teacher: Teacher | None, velocity_teacher: Teacher | None, data: Dataset | None
-) -> list[str]:
-    """What :func:`teachers.probe` says of each network whose velocity is learned from, by a few images of ``data`` or by its
-    own samples.
-
-    Raises:
-        ValueError: one denoises under another parameterization than its own.
-    """
-    networks = {"teacher" if recipe.needs_velocity else "velocity teacher": velocity_teacher}
-    if recipe.needs_velocity and teacher is not None:
-        networks = {"teacher": teacher, "guidance teacher": teacher.guidance_teacher}
-    verdicts, num = [], num_probed(recipe.sample_shape)
-    for name, network in networks.items():
-        if network is None:
-            continue
-        images, labels = (None, None) if data is None else few_images(data, num, recipe, device_of(network))
-        verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
-    return verdicts
-
-
-def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Condition | None]:
-    """``n`` training images, always the same, and their labels or prompts."""
-    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(recipe.seed))[:n].tolist()
-    items = [data[i] for i in indices]
-    if not recipe.is_conditional:
-        return torch.stack([x0 for x0, _ in items]).to(device), None
-    x0, labels = collate(items)
-    return x0.to(device), labels.to(device)
-
-
-def check_fits(teacher: Teacher, source: str, recipe: Recipe) -> None:
-    """Raise ``ValueError`` unless the network's samples, classes and ``sigma_data`` are the recipe's."""
-    for key in ("sample_shape", "num_classes", "sigma_data"):
-        own, asked = getattr(teacher, key), getattr(recipe, key)
-        own = list(own) if isinstance(own, tuple) else own
-        if own != asked:
-            raise ValueError(f"the network {source!r} has {key} {own}, the recipe says {asked}")
-
-
-def with_null_prompt(network: Teacher, source: str, recipe: Recipe) -> Teacher:
-    """A network of texts with the null prompt of the recipe's prompts; any other one as it is.
-
-    Raises:
-        FileNotFoundError: no such prompts.
-        ValueError: a network of texts without prompts, prompts for one that takes no text, or of other shapes.
-    """
-    folder, wanted = recipe.data.prompts, network.text_condition
-    if wanted is None and folder is not None:
-        raise ValueError(f"the network {source!r} takes no text embeddings; remove data.prompts ({folder!r})")
-    if wanted is None:
-        return network
-    if folder is None:
-        raise ValueError(
-            f"the network {source!r} is conditioned on text: name a folder of distill precompute prompts as data.prompts"
-        )
-    null = null_prompt(folder)
-    if not fits(null.shapes(), wanted):
-        raise ValueError(
-            f"data.prompts {folder!r} holds text embeddings of shapes {null.shapes()}, the network {source!r} takes {wanted}"
-        )
-    return network.twin(null_prompt=null)
-
-
-def build_student(recipe: Recipe, pretrained: Teacher | None) -> Teacher:
-    """The network to train: a copy of the pretrained one, changed or of another that the recipe names; or a new one.
-
-    Raises:
-        ValueError: a network that cannot be built, that does not fit the recipe's samples, or lacks what it needs.
-    """
-    if pretrained is None:
-        student = new_network(recipe)
-    elif recipe.objective == "retrofit":
-        student = retrofit(pretrained, recipe.qk_norm)
-    else:
-        start = pretrained if recipe.student is None else load_fitting(recipe.student, recipe, for_velocity=False)
-        ranged = isinstance(recipe.guidance_scale, list)
-        student = start.student(ranged) if recipe.lora is None else sharing_student(start, ranged)
-    if recipe.is_diffusion and recipe.label_dropout and student.num_classes is not None:
-        student.require_null_class()
-    set_dropout(student.native, recipe.dropout)
-    if recipe.lora is not None:  # after the dropout of the layers that they are added to, which is another one
-        add_adapters(student.native, recipe.lora, recipe.seed)
-    return student
-
-
-def new_network(recipe: Recipe) -> Teacher:
-    """A network with random weights, tried out once."""
-    n = recipe.network
-    named = isinstance(n.parameterization, str)
-    if named and n.parameterization not in PRESETS:
-        raise ValueError(f"network.parameterization is {n.parameterization!r}; allowed: {', '.join(PRESETS)}")
-    try:
-        convention = PRESETS[n.parameterization] if named else Parameterization(**n.parameterization)
-    except TypeError as error:
-        raise ValueError(f"network.parameterization: {error}") from None
-    network = Teacher(
-        build(n.name, n.config), convention, recipe.sigma_data, tuple(recipe.sample_shape), recipe.num_classes,
-        n.label_format,
-    )  # fmt: skip
-    network = with_null_prompt(network, n.name, recipe)
-    last = None if recipe.num_classes is None else torch.tensor([recipe.num_classes - (recipe.label_dropout == 0)])
-    try:
-        with torch.no_grad():
-            network(torch.zeros(1, *recipe.sample_shape), torch.ones(1), last)
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"network {n.name} does not fit the recipe's sample_shape and num_classes: {reason}") from error
-    return network
 
 
 def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) -> StableTargets:
@@ -243,23 +72,6 @@ def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) ->
         raise ValueError(f"stable_targets needs images that fit in memory; {recipe.data.source!r} is latents or too large")
     images, labels = (tensor.to(device) for tensor in data.tensors)
     return StableTargets(images, None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
-
-
-def set_dropout(network: nn.Module, p: float) -> None:
-    """Set the probability of every ``nn.Dropout``, and of every module that has a float ``dropout``.
-
-    Raises:
-        ValueError: dropout for a network that has none.
-    """
-    found = False
-    for module in network.modules():
-        name = "p" if isinstance(module, nn.Dropout) else "dropout"
-        # Not getattr: models of diffusers hand out their config as attributes too, and warn.
-        if isinstance(vars(module).get(name), float):
-            setattr(module, name, p)
-            found = True
-    if p and not found:
-        raise ValueError(f"dropout is {p}, but {type(network).__name__} has none; set it to 0")
 
 
 def uses_derivative(recipe: Recipe) -> bool:
@@ -278,50 +90,21 @@ def check_tracker(recipe: Recipe) -> None:
         raise ValueError(f"report_to: {recipe.report_to} needs a package: pip install {recipe.report_to}")
 
 
-def license_of(model: Teacher | None) -> str | None:
-    """The licence of a pretrained model's weights, which holds for what is derived from them; ``None`` if unknown."""
-    known = model is not None and model.source and is_registered(model.native)
-    return load_config(model.source).get("training", {}).get("license", "unknown") if known else None
-
-
-def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    kinds = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    kwargs = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
-    return kinds[config.name](parameters, weight_decay=config.weight_decay, **kwargs)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
-
-
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The learning rate of the step after ``step`` steps."""
-    warmup = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - step / max_steps,
-        "inverse_sqrt": 1 / math.sqrt(max(step / config.lr_reference_steps, 1)),
-    }
-    return config.learning_rate * warmup * decay[config.lr_scheduler]
-
-
 def step_seed(seed: int, step: int, rank: int, *part) -> int:
-    """The seed of one process' noise in one step. Nothing is carried over between steps, so resuming is exact."""
+    """The seed of one step's noise or a process' dropout. Nothing is carried over between steps, so resuming is exact."""
     return int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, step, rank, *part))).encode()).digest()[:7])
 
 
 def prepare(
-    accelerator: Accelerator, network: Teacher, config: OptimizerConfig, objectives: list
+    placement: Placement, network: Teacher, config: OptimizerConfig, objectives: list
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A network and its optimizer made ready by Accelerate, together with what else they train: the weightings of their
+    """A network and its optimizer made ready for training, together with what else they train: the weightings of their
     objectives, which are replaced by prepared ones.
     """
     weighted = [objective for objective in objectives if objective.weighting is not None]
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    parameters += [p for objective in weighted for p in objective.weighting.parameters()]
-    optimizer = build_optimizer(config, parameters)
-    network, optimizer, *weightings = accelerator.prepare(network, optimizer, *(o.weighting for o in weighted))
+    network, optimizer, *weightings = placement.prepare(
+        network, lambda parameters: build_optimizer(config, parameters), [objective.weighting for objective in weighted]
+    )
     for objective, weighting in zip(weighted, weightings, strict=True):
         objective.weighting = weighting
     return network, optimizer
@@ -330,12 +113,12 @@ def prepare(
 class FakeNetwork:
     """The fake score of VSD with its optimizer: a copy of the teacher, unguided, that follows the student's samples."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe, pretrained: Teacher):
+    def __init__(self, placement: Placement, recipe: Recipe, pretrained: Teacher):
         network = pretrained.student(guidance_embedding=isinstance(recipe.guidance_scale, list))
         set_dropout(network.native, recipe.dropout)
-        self.accelerator, self.objective = accelerator, FakeScore(recipe)
-        self.prepared, self.optimizer = prepare(accelerator, network, recipe.optimizer, [self.objective])
-        self.network = accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
+        self.accelerator, self.objective = placement.accelerator, FakeScore(recipe)
+        self.prepared, self.optimizer = prepare(placement, network, recipe.optimizer, [self.objective])
+        self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
         self.network.train(recipe.dropout > 0)
         own, other = recipe.vsd.fake_learning_rate, recipe.optimizer.learning_rate
         self.relative_learning_rate = 1.0 if own is None else own / other
@@ -378,12 +161,12 @@ class Trainer:
     def __init__(self, recipe: Recipe, pretrained: Teacher | None = None):
         self.recipe = recipe
         check_tracker(recipe)
-        AcceleratorState._reset_state()  # an earlier training of this Python session may have had another precision
         self.output_dir = Path(recipe.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, log_with=recipe.report_to, project_dir=str(self.output_dir)
-        )
+        self.accelerator = build_accelerator(recipe)
+        self.placement = Placement(self.accelerator, recipe)
         self.device = self.accelerator.device
+        if pretrained is not None and self.placement.sharded:
+            pretrained = copy.deepcopy(pretrained)
         torch.manual_seed(recipe.seed)  # of weights that are new
         pretrained = load_pretrained(recipe, pretrained)
         self.prompts: Prompts | None = recipe_prompts(recipe)
@@ -395,15 +178,17 @@ class Trainer:
         guide = None if self.teacher is None else self.teacher.guidance_teacher
         if guide is not None and license_of(guide) != self.license:
             self.license = "other"  # of a student that learns from two networks
+        self.fake = None if recipe.vsd is None else FakeNetwork(self.placement, recipe, pretrained)
         if frozen is not None:
-            frozen.to(self.device).eval()
-        self.fake = None if recipe.vsd is None else FakeNetwork(self.accelerator, recipe, pretrained)
+            self.placement.place(frozen.eval())
         self.objectives = build_objectives(recipe, frozen, self.fake)
-        self.emas = [EMA(network, e.half_life_images, e.sigma_rel).to(self.device) for e in recipe.ema]
+        self.emas = [EMA(network, e.half_life_images, e.sigma_rel) for e in recipe.ema]
         half_life = recipe.target_half_life_images
-        self.target = None if half_life is None else EMA(network, half_life).to(self.device)
+        self.target = None if half_life is None else EMA(network, half_life)
+        for ema in self.averages:
+            self.placement.place(ema.network, autocast=ema is self.target)
         self.prepared, self.optimizer = prepare(
-            self.accelerator, network, recipe.optimizer, [objective for objective, _ in self.objectives]
+            self.placement, network, recipe.optimizer, [objective for objective, _ in self.objectives]
         )
         # The derivative needs the bare network; it keeps the autocast that prepare added.
         self.network = self.accelerator.unwrap_model(self.prepared, keep_torch_compile=False)
@@ -417,7 +202,8 @@ class Trainer:
         self.converged = False
         self.reference: Reference | None = None
         self.endpoint_history: list[dict[float, float]] = []
-        self.stop_signal: signal.Signals | None = None
+        self.stop_signal: signal.Signals | None = None  # that this process got
+        self.agreed_signal: signal.Signals | None = None  # that any of several processes got, as all of them know
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -426,7 +212,7 @@ class Trainer:
     def batch_images(self) -> int:
         """Images per optimizer step over all processes."""
         r = self.recipe
-        return r.train_batch_size * r.gradient_accumulation_steps * self.accelerator.num_processes
+        return r.train_batch_size * r.gradient_accumulation_steps
 
     @property
     def averages(self) -> list[EMA]:
@@ -460,14 +246,23 @@ class Trainer:
         """Every optimizer whose state a checkpoint holds, by file name."""
         return {"optimizer": self.optimizer} | ({} if self.fake is None else {"fake-optimizer": self.fake.optimizer})
 
+    @property
+    def layout(self) -> dict:
+        """What may be another one when a run is resumed; the run says so."""
+        return {"processes": self.placement.world, "distributed": self.placement.kind, "images_per_step": self.batch_images}
+
     def save(self) -> Path | None:
-        """Write a checkpoint of the current step (main process)."""
-        if not self.accelerator.is_main_process:
+        """Write a checkpoint of the current step (main process; all take part)."""
+        main = self.accelerator.is_main_process
+        modules = {name: whole_state(module, keep=main) for name, module in self.modules().items()}
+        optimizers = {name: whole_optimizer_state(optimizer, keep=main) for name, optimizer in self.optimizers().items()}
+        if not main:
             return None
         errors = [list(e.values()) for e in self.endpoint_history]
         state = {"step": self.step, "nonfinite": self.nonfinite, "endpoint_history": errors, "seconds": self.seconds}
+        state |= self.layout
         return ckpt.save_checkpoint(
-            self.output_dir, self.step, self.modules(), self.optimizers(), state, self.recipe.checkpoints_total_limit
+            self.output_dir, self.step, modules, optimizers, state, self.recipe.checkpoints_total_limit
         )
 
     def resume(self) -> None:
@@ -475,20 +270,25 @@ class Trainer:
         this one would overwrite is moved aside.
         """
         asked = self.recipe.resume_from_checkpoint
-        path = None if asked is None else ckpt.find_checkpoint(self.output_dir, asked)
+        path = None if asked is None else ckpt.find_checkpoint(self.output_dir, asked, self.print)
+        self.accelerator.wait_for_everyone()  # nobody looks at checkpoints any more that are moved now
         if self.accelerator.is_main_process:
+            ckpt.remove_leftovers(self.output_dir)
             moved = ckpt.set_aside(self.output_dir, path)
             if moved:
                 self.print(f"{self.output_dir} held an earlier run; what this run would overwrite is now in {moved}")
         self.accelerator.wait_for_everyone()
         if path is None:
             if asked is not None:
-                self.print(f"no checkpoint in {self.output_dir} yet: training starts at step 0")
+                self.print(f"no whole checkpoint in {self.output_dir}: training starts at step 0")
             return
         state = ckpt.load_checkpoint(path, self.modules(), self.optimizers())
         self.step, self.nonfinite, self.earlier_seconds = state["step"], state["nonfinite"], state["seconds"]
         self.endpoint_history = [dict(zip(TIMES, errors, strict=True)) for errors in state["endpoint_history"]]
         self.print(f"resumed from {path} at step {self.step}")
+        for key, now in self.layout.items():
+            if state.get(key, now) != now:
+                self.print(f"{key.replace('_', ' ')}: {now}, until here {state[key]}; {CHANGED[key]}")
 
     def print(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -521,7 +321,8 @@ class Trainer:
         if self.step == 0 or recipe.objective == "retrofit":  # which may be done already, also when it is resumed
             self.check_convergence(self.validate(log), last=False)
         self.loop(batches, log)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.student
 
     def probed_data(self) -> Dataset:
@@ -531,7 +332,12 @@ class Trainer:
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
         for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
             self.print(verdict)
-        return training_data(recipe, self.teacher, cache, self.prompts) if own else data
+        if not own:
+            return data
+        # One process draws them and the others read what it drew, unless all hold a part of the teacher.
+        first = nullcontext() if self.placement.sharded else self.accelerator.local_main_process_first()
+        with first:
+            return training_data(recipe, self.teacher, cache, self.prompts)
 
     def sampler(self, size: int) -> StepSampler:
         r, a = self.recipe, self.accelerator
@@ -541,9 +347,9 @@ class Trainer:
             a.num_processes,
         )  # fmt: skip
 
-    def loop(self, batches, log: "MetricsLog") -> None:
+    def loop(self, batches, log: MetricsLog) -> None:
         recipe = self.recipe
-        previous = {number: signal.signal(number, self.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self.request_stop) for number in STOP_SIGNALS}
         bar = tqdm(
             total=recipe.max_train_steps, initial=self.step, desc=recipe.objective, unit="step",
             disable=not self.accelerator.is_main_process, mininterval=1.0,
@@ -557,18 +363,29 @@ class Trainer:
                     self.log(log, bar, window)
                     window = Window()
                 last = self.step == recipe.max_train_steps
-                if self.step % recipe.validation_steps == 0 or last:
+                validates = self.step % recipe.validation_steps == 0 or last
+                # After a step that was not finite the weights may be none to go on from.
+                saves = (self.step % recipe.checkpointing_steps == 0 and not self.nonfinite["in_a_row"]) or last
+                if validates or saves:
+                    self.check_outputs()
+                if validates:
                     self.check_convergence(self.validate(log), last)
-                if self.step % recipe.checkpointing_steps == 0 or last or self.converged:
+                if saves or self.converged:
                     self.save()
-                if self.stop_signal is not None:
+                if self.signal is not None:
                     self.stop()
+        except TrainingError:
+            if window.steps:
+                self.log(log, bar, window)
+            if self.accelerator.is_main_process:
+                plot_curves(log.path, self.output_dir / "curves.png")
+            raise
         finally:
             bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def train_step(self, batches, window: "Window") -> None:
+    def train_step(self, batches, window: Window) -> None:
         """One optimizer step over the accumulated batches; a non-finite one is skipped and counted. A fake score is updated
         before, on the same labels.
         """
@@ -603,17 +420,17 @@ class Trainer:
         frozen = self.network if self.target is None else self.target.network
         for objective, weight in self.objectives:
             last = part == parts - 1 and objective is self.objectives[-1][0]
-            with self.synchronization(self.prepared, last):
+            with self.placement.synchronization(self.prepared, last):
                 result: Loss = objective(self.prepared, frozen, x0, labels, self.step, generator)
                 self.accelerator.backward(weight * result.loss / parts)
             losses.append(Loss(weight * result.loss.detach(), result.logs))
         return losses
 
     def seeded(self, *part) -> torch.Generator:
-        """The noise of one batch of this step on this process; dropout is seeded alike."""
-        seed = step_seed(self.recipe.seed, self.step, self.accelerator.process_index, *part)
-        torch.manual_seed(seed)
-        return torch.Generator().manual_seed(seed)
+        """The noise of one batch of this step. Dropout, whose masks are each process' own, is seeded too."""
+        seed, step, rank = self.recipe.seed, self.step, self.accelerator.process_index
+        torch.manual_seed(step_seed(seed, step, rank, *part))
+        return BatchGenerator.seeded(step_seed(seed, step, 0, *part), rank, self.accelerator.num_processes)
 
     def train_fake(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[bool, dict[str, Tensor]]:
         """The fake score's updates of one step: whether all were finite, and what to log."""
@@ -622,7 +439,7 @@ class Trainer:
             losses = []
             for number, (x0, labels) in enumerate(parts):
                 generator = self.seeded(number, f"fake {update}")
-                with self.synchronization(fake.prepared, number == len(parts) - 1):
+                with self.placement.synchronization(fake.prepared, number == len(parts) - 1):
                     loss = fake.objective(fake.prepared, self.network, x0, labels, generator)
                     self.accelerator.backward(loss / len(parts))
                 losses.append(loss.detach())
@@ -633,19 +450,24 @@ class Trainer:
         return finite, {"fake_loss": loss}
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[bool, Tensor]:
-        """Step unless ``loss`` or the gradient is not finite: whether it did, and the gradient's norm."""
+        """Step unless ``loss`` or the gradient is not finite on any process: whether it did, and the gradient's norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = math.inf if self.recipe.optimizer.max_grad_norm is None else self.recipe.optimizer.max_grad_norm
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        finite = bool(torch.isfinite(loss + grad_norm))
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        finite = bool(torch.isfinite(self.over_processes(loss) + grad_norm))
         if finite:
             optimizer.step()
         optimizer.zero_grad()
         return finite, grad_norm
 
-    def synchronization(self, prepared: nn.Module, last: bool):
-        """Gradients are reduced over processes only in the last part of an accumulated step."""
-        return torch.enable_grad() if last else self.accelerator.no_sync(prepared)
+    def over_processes(self, loss: Tensor) -> Tensor:
+        """The mean of ``loss``; the signals that processes got go along."""
+        if self.placement.world == 1:
+            return loss
+        got = [float(self.stop_signal == number) for number in STOP_SIGNALS]
+        loss, *got = self.placement.mean(torch.stack([loss, *loss.new_tensor(got)]))
+        self.agreed_signal = next((n for n, share in zip(STOP_SIGNALS, got, strict=True) if share > 0), self.agreed_signal)
+        return loss
 
     def count_nonfinite(self, finite: bool) -> None:
         self.nonfinite["in_a_row"] = 0 if finite else self.nonfinite["in_a_row"] + 1
@@ -653,11 +475,36 @@ class Trainer:
         if not finite:
             self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
         if not finite and self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
-            last = next(reversed(ckpt.checkpoints(self.output_dir)), None)
-            raise TrainingError(
-                f"{self.nonfinite['in_a_row']} steps in a row were not finite at step {self.step + 1}; training "
-                f"stopped. Last checkpoint: {last}. Try a lower learning rate or a longer tangent warm-up."
-            )
+            count = self.nonfinite["in_a_row"]
+            raise self.divergence(f"{count} steps in a row were not finite at step {self.step + 1}", self.step + 1 - count)
+
+    def divergence(self, reason: str, since: int) -> TrainingError:
+        """What a run ends with whose weights are no good ``since`` some step."""
+        last = next((path for path in reversed(ckpt.checkpoints(self.output_dir)) if ckpt.step_of(path) < since), "none")
+        return TrainingError(
+            f"training has diverged: {reason}; the last good checkpoint: {last}; gradient and tangent norms up to here: "
+            f"{self.output_dir / 'curves.png'}; try a lower learning rate or a longer tangent warm-up"
+        )
+
+    @torch.no_grad()
+    def check_outputs(self) -> None:
+        """Look whether the network still is one: ``F`` has an rms of about 1 on whatever has that of ``sigma_data``.
+
+        Raises:
+            TrainingError: it has left all bounds, or is not finite.
+        """
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        noise = torch.randn(8, *self.network.sample_shape, generator=generator).to(self.device)
+        t, labels = torch.linspace(0.1, 1.5, 8, device=self.device), self.network.example_condition(8, self.device)
+        with evaluation_mode(self.network), autocast(self.recipe, self.device):
+            rms = self.network(self.recipe.sigma_data * noise, t, labels).float().square().mean().sqrt().item()
+        if not rms <= LARGEST_OUTPUT:
+            raise self.divergence(f"at step {self.step} the network's output has an rms of {rms:.3g}, not 1", self.step)
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that all processes are to stop by."""
+        return self.stop_signal if self.placement.world == 1 else self.agreed_signal
 
     def request_stop(self, number: int, _frame) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:
@@ -666,14 +513,14 @@ class Trainer:
 
     def stop(self) -> None:
         path = self.save()
-        name = self.stop_signal.name
+        name = self.signal.name
         self.print(f"stopped by {name} at step {self.step}; continue with resume_from_checkpoint=latest ({path})")
-        raise KeyboardInterrupt if self.stop_signal == signal.SIGINT else SystemExit(0)
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(0)
 
     # ---- logs and validation -------------------------------------------------------------------------------------
 
-    def log(self, log: "MetricsLog", bar: tqdm, window: "Window") -> None:
-        values = window.means()
+    def log(self, log: MetricsLog, bar: tqdm, window: Window) -> None:
+        values = window.means(self.placement.mean)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         values["images_per_second"] = window.steps * self.batch_images / window.seconds()
         values["nonfinite_steps"] = self.nonfinite["total"]
@@ -684,10 +531,8 @@ class Trainer:
         bar.set_postfix({**shown, "images/s": f"{values['images_per_second']:.0f}"})
 
     def prepare_validation(self, data: Dataset) -> None:
-        """Fix what validation looks at: a few training images for the endpoint or velocity error, and real features (main
-        process).
-        """
-        if (self.teacher or self.velocity_teacher) is None or not self.accelerator.is_main_process:
+        """Fix what validation looks at: a few training images for the endpoint or velocity error, and real features."""
+        if (self.teacher or self.velocity_teacher) is None or not self.validates:
             return
         x0, labels = few_images(data, 16, self.recipe, self.device)
         if self.teacher is None:
@@ -697,6 +542,11 @@ class Trainer:
             self.reference = recipe_reference(self.recipe)
         self.print("solving the teacher's ODE for the endpoint error")
         self.endpoint = EndpointError(self.teacher, x0, labels, self.recipe.seed)
+
+    @property
+    def validates(self) -> bool:
+        """Whether this process takes part in validation: the main one does; with shards, which all hold, all do the same."""
+        return self.accelerator.is_main_process or self.placement.sharded
 
     @property
     def validation_guidance(self) -> float | None:
@@ -715,11 +565,11 @@ class Trainer:
         elif last:
             self.print(f"warning: the velocity error {error:.4g} is still above {limit:g}: train longer")
 
-    def validate(self, log: "MetricsLog") -> dict[str, float]:
-        """Endpoint error, velocity error, sample grid and curves from the averaged weights; what was measured, on the main
-        process.
+    def validate(self, log: MetricsLog) -> dict[str, float]:
+        """Endpoint error, velocity error, sample grid and curves from the averaged weights; what was measured, on processes
+        that took part.
         """
-        if not self.accelerator.is_main_process:
+        if not self.validates:
             return {}
         values = {}
         if self.endpoint is not None:
@@ -737,7 +587,10 @@ class Trainer:
         if self.velocity_error is not None:
             values["velocity_error"] = self.velocity_error(self.student)
             self.print(f"step {self.step}: velocity error {values['velocity_error']:.4g}")
-        save_grid(self.sample_rows(), self.output_dir / "samples" / f"{self.step:07d}.png")
+        rows = self.sample_rows()
+        if not self.accelerator.is_main_process:
+            return values
+        save_grid(rows, self.output_dir / "samples" / f"{self.step:07d}.png")
         log.write(self.step, values)
         self.accelerator.log(values, step=self.step)
         plot_curves(self.output_dir / "metrics.jsonl", self.output_dir / "curves.png")
@@ -771,52 +624,9 @@ class Trainer:
         ]  # fmt: skip
 
 
-class Window:
-    """Sums of logged values since the last log line, kept on the device until read."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.start = 0, time.perf_counter()
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.steps += 1
-        for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0) + value.detach()
-
-    def means(self) -> dict[str, float]:
-        return {key: (total / self.steps).item() for key, total in self.sums.items()}
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
-class MetricsLog:
-    """A JSONL file, one object a line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def cut(self, step: int) -> None:
-        """Keep the lines up to ``step``, from which a run goes on; a line that was not written to its end goes too."""
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        kept = [line + "\n" for line in lines if self.step(line) <= step]
-        write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept)))
-
-    @staticmethod
-    def step(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return math.inf
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-
-
 def ordinary_student(trainer: Trainer) -> Teacher:
-    """The averaged network, without adapters of its own."""
-    return trainer.student if trainer.recipe.lora is None else merged(trainer.student)
+    """The averaged network in one piece, without adapters of its own."""
+    return trainer.placement.gathered(trainer.student) if trainer.recipe.lora is None else merged(trainer.student)
 
 
 def trained_model(trainer: Trainer) -> Model:

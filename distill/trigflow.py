@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from distill.noise import draw
+
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """View ``t`` ``(B,)`` as ``(B, 1, ..., 1)`` so that it broadcasts over ``x`` ``(B, ...)``."""
@@ -70,7 +72,7 @@ def sample_times(
     """``n`` proposal times: ``log(sigma_data tan t) ~ N(p_mean, p_std^2)``, ``t = arctan(exp(tau) / sigma_data)``
     (section 4.2). fp64, because ``t`` crowds against ``pi/2`` where fp32 cannot resolve ``cos(t)``.
     """
-    tau = torch.randn(n, generator=generator, device=device, dtype=torch.float64) * p_std + p_mean
+    tau = draw(torch.randn, (n,), generator, device=device, dtype=torch.float64) * p_std + p_mean
     return torch.atan(tau.exp() / sigma_data)
 
 

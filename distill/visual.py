@@ -41,20 +41,25 @@ def save_grid(rows: list[Tensor], path: Path, scale: int = 2, padding: int = 1) 
 
 
 def labelled_grid(rows: dict[str, Tensor], path: Path, title: str) -> None:
-    """One labelled row of images a model, as a figure."""
+    """One labelled row of images ``(N, C, H, W)`` in [-1, 1] a model, as a figure."""
+    save_strips({name: to_uint8(visible(images)) for name, images in rows.items()}, path, title)
+
+
+def save_strips(rows: dict[str, np.ndarray], path: Path, title: str) -> None:
+    """One labelled row of images, uint8 ``(N, H, W, C)``, a model, as a figure."""
     plt = pyplot()
-    height, width = next(iter(rows.values())).shape[-2:]
+    height, width = next(iter(rows.values())).shape[1:3]
     columns = max(len(images) for images in rows.values())
     figure, axes = plt.subplots(len(rows), 1, figsize=(0.55 * columns + 2.2, 0.62 * len(rows) + 0.6), squeeze=False)
     for axis, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
-        strip = rearrange(to_uint8(visible(images)), "n h w c -> h (n w) c")
+        strip = rearrange(images, "n h w c -> h (n w) c")
         axis.imshow(strip.squeeze(-1) if strip.shape[-1] == 1 else strip, cmap="gray", interpolation="nearest")
         axis.set_xticks(np.arange(1, columns) * width - 0.5, [])
         axis.set_yticks([height / 2], [name], fontsize=8)
         axis.tick_params(length=0)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(h_pad=0.1)
-    save_figure(figure, path)
+    save_figure(figure, path, bbox_inches="tight")
 
 
 CURVES = {
@@ -72,9 +77,17 @@ def plot_curves(log: Path, path: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if key in line]
         few = "o" if len(points) < 3 else None  # a line through one point is invisible
         axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, marker=few)
+        largest = [(line["step"], line[f"largest_{key}"]) for line in lines if f"largest_{key}" in line]
+        if largest:
+            axis.plot(*zip(*largest, strict=True), linewidth=0.5, alpha=0.6, label="largest between two points")
+            axis.legend(fontsize=7)
         axis.set(title=title, xlabel="step")
+        values = [value for _, value in points + largest]
+        if key.endswith("norm") and values and 0 < min(values) < max(values) / 100:
+            axis.set_yscale("log")  # a spike would hide all the rest
     plot_endpoint_error(axes[1, 2], lines)
-    figure.tight_layout()
+    # A fixed layout: matplotlib takes twice as long to find one as to draw, and this is drawn at every validation.
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.075, top=0.945, wspace=0.2, hspace=0.32)
     save_figure(figure, path)
 
 
@@ -98,7 +111,7 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path: Path, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, **options))
     pyplot().close(figure)

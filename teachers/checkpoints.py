@@ -5,26 +5,32 @@ arguments it was built; what they cannot say is read from ``<file name>.json`` b
 """
 
 import argparse
-import json
+import io
 import math
+import mmap
 import pickle
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from teachers import dit, openai
+from teachers.diffusers import read_json_value
+from teachers.inert_pickle import check_tuples
 from teachers.networks import is_number
 
 ZIP = b"PK\x03\x04"
 # torch.save before 1.6 began with this number as a pickle of protocol 2.
 LEGACY = b"\x80\x02" + pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)[2:]
+LEGACY_PICKLES = 5  # of which it consists: number, version, system, the object, names of the storages; then their bytes
 MAX_HEADER = 100_000_000  # bytes, of a safetensors file
+# Beyond what a file holds: values of expanded tensors, unpacked bytes; and how much smaller weights get when packed.
+MAX_EXPANDED, MAX_COMPRESSION = 2**26, 20
 AVERAGED = ("ema", "ema_model", "model_ema", "state_dict_ema")
 CURRENT = ("model", "state_dict")
 HINTS = {"family", "sigma_data", "network_config"}
@@ -82,8 +88,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     tensors = plain_names(state_dict(read_container(path), path), path)
+    check_stored(tensors, path)
     hint = read_hint(path)
-    family = choose_family(tensors, hint.get("family"), path)
+    try:
+        family = choose_family(tensors, hint.get("family"), path)
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{path} has tensors of other shapes than any network that is known: {error}") from None
     if family.name == "openai" and "family" not in hint and openai.is_consistency_model(path.name):
         raise ValueError(
             f"{path} is by its name one of OpenAI's consistency models: it is distilled already and has no PF-ODE to learn "
@@ -103,23 +113,61 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, {key: value.detach().float() for key, value in tensors.items()}
 
 
-def read_container(path: Path) -> Any:
-    """The object in the file; nothing that it names is called, but for inert containers."""
+def read_container(path: Path, mapped: bool = True) -> Any:
+    """The object in the file; nothing that it names is called, but for inert containers.
+
+    Args:
+        mapped: leave the tensors in the file where that can be done, until they are looked at.
+    """
     kind = container(path)
     if kind is None:
         raise ValueError(f"{path} was written neither by torch.save nor as safetensors")
     try:
         if kind == "safetensors":
             return load_file(path)
+        check_pickle(path)
         # Training scripts keep their options beside the weights. A Namespace is a bag of values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip" and is_uncompressed(path))
+            mapped = mapped and kind == "zip" and is_uncompressed(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} {refusal(str(error))}") from None
     except Exception as error:  # torch.load has no error of its own for damaged files
         kind = "safetensors" if kind == "safetensors" else "torch.save"
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is not a readable {kind} file (truncated or corrupt): {reason}") from None
+
+
+def check_pickle(source: Path | bytes) -> None:
+    """Raise ``ValueError`` for a file by ``torch.save`` that would keep PyTorch busy for ever or take all memory, although
+    it calls nothing; and for one that is malformed.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            check_archive(file)
+        elif isinstance(source, bytes):
+            check_old(io.BytesIO(source))
+        else:  # a file takes memory for as many bytes as it is asked for, there or not
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                check_old(mapped)
+
+
+def check_archive(file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        stored, unpacked = (sum(getattr(entry, size) for entry in entries) for size in ("compress_size", "file_size"))
+        if unpacked > MAX_COMPRESSION * stored + MAX_EXPANDED:
+            raise ValueError(f"its {stored:,} bytes unpack to {unpacked:,}")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                with archive.open(entry) as pickled:
+                    check_tuples(pickled)
+
+
+def check_old(file: BinaryIO | mmap.mmap) -> None:
+    """Of PyTorch before 1.6."""
+    for _ in range(LEGACY_PICKLES):
+        check_tuples(file)
 
 
 def is_uncompressed(path: Path) -> bool:
@@ -160,6 +208,19 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
+def check_stored(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ``ValueError`` for tensors that are not plain arrays in memory, or far larger than what the file holds of them:
+    a single number can be a tensor of any size.
+    """
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.is_complex():
+            raise ValueError(f"{path}: its tensor {key} is not a plain array of real numbers")
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    asked = sum(tensor.numel() for tensor in tensors.values())
+    if asked > sum(stored.values()) + MAX_EXPANDED:
+        raise ValueError(f"{path} has tensors of {asked:,} values, but holds only {sum(stored.values()):,} bytes of them")
+
+
 def plain_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Without the prefixes that DistributedDataParallel and ``torch.compile`` put before names."""
     plain = {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in tensors.items()}
@@ -184,20 +245,17 @@ def read_hint(path: Path) -> dict:
     path = hint_path(path)
     if not path.is_file():
         return {}
-    try:
-        hint = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    hint = read_json_value(path)
     if not isinstance(hint, dict) or hint.keys() - HINTS:
         raise ValueError(f"{path} must be a mapping with keys among {', '.join(sorted(HINTS))}")
     sigma_data = hint.get("sigma_data", 1.0)
     if not is_number(sigma_data) or not 0 < sigma_data < math.inf:
-        raise ValueError(f"{path}: sigma_data must be a positive number, got {sigma_data!r}")
+        raise ValueError(f"{path}: sigma_data must be a positive number, got {repr(sigma_data)[:80]}")
     if not isinstance(hint.get("network_config", {}), dict):
         raise ValueError(f"{path}: network_config must be a mapping of constructor arguments")
     names = [family.name for family in FAMILIES]
     if hint.get("family", names[0]) not in names:
-        raise ValueError(f"{path}: family is {hint['family']!r}; allowed: {', '.join(names)}")
+        raise ValueError(f"{path}: family is {repr(hint['family'])[:80]}; allowed: {', '.join(names)}")
     return hint
 
 

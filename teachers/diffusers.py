@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from teachers.networks.diffusers_text import TEXT_NETWORKS, DiffusersText
 from teachers.parameterization import EDM, Parameterization
 
 INDEX = "model_index.json"
+MAX_JSON = 16 * 2**20  # bytes; a manifest of a thousand files has 100,000
 COMPONENTS = ("unet", "transformer")  # where pipelines keep the network
 SCHEDULER = "scheduler_config.json"
 # What a pipeline says of itself, in small files. Old ones have all their parts in one folder.
@@ -56,11 +58,24 @@ def is_diffusers_folder(path: Path) -> bool:
     return index.is_file() and isinstance(read_json(index).get("_class_name"), str)
 
 
-def read_json(path: Path) -> dict:
+def read_json_value(path: Path) -> Any:
+    """Any JSON value.
+
+    Raises:
+        ValueError: malformed JSON or UTF-8, or more of it than files of this kind have.
+    """
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} is not valid JSON for a model or a folder of data: it is larger than {MAX_JSON >> 20} MiB")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or UTF-8
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from None
+
+
+def read_json(path: Path) -> dict:
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a mapping")
     return value

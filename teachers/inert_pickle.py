@@ -6,10 +6,10 @@ reads the result decides what a record means. Globals outside the caller's list,
 """
 
 import pickletools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Instructions that put their argument, or this constant, on the stack.
 PUSH_ARGUMENT = {
@@ -22,6 +22,8 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 IGNORED = {"PROTO", "FRAME"}
 # What a key of a dictionary may be. Hashing nested tuples takes exponential time.
 KEYS = str | int | float | bool | None
+MAX_INSTRUCTIONS = 1_000_000  # a file of a thousand tensors has 40,000
+MAX_TUPLES = 8  # inside each other; torch.save writes 2
 
 
 class PickleRefused(ValueError):
@@ -59,7 +61,7 @@ class Reader:
 
     def run(self, data: bytes) -> Any:
         try:
-            for instruction, argument, _ in pickletools.genops(data):
+            for instruction, argument in instructions(data):
                 if instruction.name == "STOP":
                     return self.pop()
                 self.step(instruction.name, argument)
@@ -127,7 +129,7 @@ class Reader:
         name, module = self.pop(), self.pop()
         full = f"{module}.{name}"
         if full not in self.allowed:
-            raise self.refuse(f"asks for the global {full}, which is not one that model files of this kind need")
+            raise self.refuse(f"asks for the global {full[:200]}, which is not one that model files of this kind need")
         return Record(full)
 
     def make(self) -> None:
@@ -143,6 +145,57 @@ class Reader:
             if not isinstance(key, KEYS):
                 raise TypeError(f"a dictionary key of type {type(key).__name__}")
             items[key] = value
+
+
+def instructions(data: bytes | BinaryIO) -> Iterator[tuple[pickletools.OpcodeInfo, Any]]:
+    """The instructions of a pickle with their arguments.
+
+    Raises:
+        ValueError: one that is not known, or more of them than any model has.
+    """
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        if number == MAX_INSTRUCTIONS:
+            raise ValueError(f"it has more than {MAX_INSTRUCTIONS:,} instructions")
+        yield instruction, argument
+
+
+def check_tuples(data: bytes | BinaryIO) -> None:
+    """Go through one pickle of any protocol without making anything, looking for tuples in tuples: hashing them takes other
+    readers exponential time.
+
+    Raises:
+        ValueError: tuples more than ``MAX_TUPLES`` deep, or what is not a pickle; one sentence.
+    """
+    try:
+        follow_tuples(data)
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"it is not a readable pickle (truncated or corrupt): {error}") from None
+
+
+def follow_tuples(data: bytes | BinaryIO) -> None:
+    stack: list = []  # of each value: how many tuples are inside each other
+    memo: dict[int, int] = {}
+    for instruction, argument in instructions(data):
+        name, before = instruction.name, instruction.stack_before
+        if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            continue
+        operands = []
+        if pickletools.markobject in before:
+            while (top := stack.pop()) is not MARK:
+                operands.append(top)
+            before = before[: before.index(pickletools.markobject)]
+        operands += [stack.pop() for _ in before]
+        depth = 0
+        if "TUPLE" in name:
+            depth = 1 + max((operand for operand in operands if operand is not MARK), default=0)
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            depth = memo[argument]
+        elif name == "DUP":
+            depth = operands[0]
+        if depth > MAX_TUPLES:
+            raise ValueError(f"it has tuples that are more than {MAX_TUPLES} deep")
+        stack += [MARK] if name == "MARK" else [depth] * len(instruction.stack_after)
 
 
 def read(path: str | Path, allowed: Collection[str]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teachers.checkpoints import check_pickle
 from teachers.inert_pickle import Record, read
 from teachers.parameterization import EDM
 
@@ -179,6 +180,7 @@ def rebuild_tensor(value: Any, where: str) -> Tensor:
             name == TENSOR and storage.name == STORAGE
         ):
             try:
+                check_pickle(data)
                 stored = torch.load(io.BytesIO(data), weights_only=True)
                 flat = torch.empty(0, dtype=stored.dtype).set_(stored)
                 if math.prod(size) > len(flat):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
 from teachers.checkpoints import is_checkpoint, read_checkpoint
-from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json
+from teachers.diffusers import DESCRIPTIONS, is_diffusers_folder, network_folder, read_diffusers, read_json, read_json_value
 from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_registered
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
@@ -36,6 +36,10 @@ READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, di
     "checkpoint": (is_checkpoint, read_checkpoint),
     "diffusers pipeline": (is_diffusers_folder, read_diffusers),
 }
+# Functions that make a tensor of a given size, and how many values beyond its weights (positions, frequencies) a network has
+# at most.
+MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.arange)
+TABLES = 2**22
 TOLERABLE_SPEED = 1.0  # of a time embedding that a student is differentiated through
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
@@ -129,10 +133,7 @@ def load_config(source: str | Path) -> dict:
     if kind in READERS:
         return read_file(kind, path)[0]
     path = path / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    config = read_json_value(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
         part = part_of_pipeline(path.parent) if isinstance(config, dict) else ""
         raise ValueError(f"{path} is not a {FORMAT} version {VERSION} model config{part}")
@@ -154,7 +155,12 @@ def check_config(config: dict, path: Path) -> None:
         if key not in config:
             raise ValueError(f"{path} lacks the key {key!r}")
         if not valid(config[key]):
-            raise ValueError(f"{path}: {key} must be {wanted}, got {config[key]!r}")
+            raise ValueError(f"{path}: {key} must be {wanted}, got {shorten(repr(config[key]))}")
+
+
+def shorten(text: str) -> str:
+    """What a file says, in an error message, which it must not fill."""
+    return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def is_size(value) -> bool:
@@ -170,7 +176,7 @@ CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
     "sigma_data": ("a positive number", lambda v: is_number(v) and 0 < v < math.inf),
     "sample_shape": ("a list of sizes", lambda v: isinstance(v, list) and len(v) in (3, 4) and all(map(is_size, v))),
     "num_classes": ("a number of classes or null", lambda v: v is None or is_size(v)),
-    "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: v in LABEL_FORMATS),
+    "label_format": (f"one of {', '.join(LABEL_FORMATS)}", lambda v: isinstance(v, str) and v in LABEL_FORMATS),
 }
 
 
@@ -189,7 +195,7 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
     if isinstance(source, Teacher):
         return source
     config, tensors, where = read_model(source)
-    model = from_config(config, source)
+    model = from_config(config, source, sum(map(Tensor.numel, tensors.values())))
     check_tensors(model.native, tensors, where)
     model.native.load_state_dict(tensors)
     return model.to(device).eval()
@@ -208,38 +214,60 @@ def outline(source: str | Path) -> Teacher:
 def outline_of(config: dict, source: str | Path) -> Teacher:
     """:func:`outline` of a model that has this ``config.json``."""
     with torch.device("meta" if NETWORKS.get(config["network"]) in OURS else "cpu"):
-        return from_config(config, source).eval()
+        return from_config(config, source, size=2**40).eval()  # which takes no memory there
 
 
-def from_config(config: dict, source: str | Path) -> Teacher:
-    """The network that a checked ``config.json`` describes, with no weights filled in."""
+def from_config(config: dict, source: str | Path, size: int) -> Teacher:
+    """The network that a checked ``config.json`` describes, with no weights filled in.
+
+    Args:
+        size: as :func:`build_unfilled`.
+    """
     try:
-        native = build_unfilled(config["network"], config["network_config"])
+        native = build_unfilled(config["network"], config["network_config"], size)
         convention = Parameterization(**config["parameterization"])
     except (TypeError, ValueError) as error:
         holder = resolve(source)
-        raise ValueError(f"{holder / 'config.json' if holder.is_dir() else holder}: {error}") from error
+        raise ValueError(f"{holder / 'config.json' if holder.is_dir() else holder}: {shorten(str(error))}") from error
     return Teacher(
         native, convention, config["sigma_data"], config["sample_shape"], config["num_classes"],
         config["label_format"], source=str(source), latents=config.get("latents"),
     )  # fmt: skip
 
 
-def build_unfilled(name: str, config: dict) -> nn.Module:
+def build_unfilled(name: str, config: dict, size: int) -> nn.Module:
     """A network whose weights are still to come: no time and no random numbers are spent on them, but it has the tables that
     no file holds (positions, in networks of diffusers). A user's own may do anything, and is built as it is.
+
+    Raises:
+        ValueError: a config that does not fit the network, or one of a network far larger than the ``size`` values that are
+            there for it: that may take all memory, or have no end.
     """
     if name in NETWORKS and NETWORKS[name] not in OURS:
         return build(name, config)
-    with NoDraws():
+    with Unfilled(2 * size + TABLES):
         return build(name, config)
 
 
-class NoDraws(TorchFunctionMode):
-    """What would be drawn at random is left as memory holds it."""
+class Unfilled(TorchFunctionMode):
+    """What would be drawn at random is left as memory holds it, and no more than ``limit`` values are made in all."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.left = limit
+
+    def count(self, values: int) -> None:
+        self.left -= values
+        if self.left < 0:
+            raise ValueError("its config describes a network far larger than its weights")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in MAKERS:
+            sizes = kwargs.get("size", args)
+            self.count(math.prod(n for size in sizes for n in (size if isinstance(size, tuple | list) else (size,))))
+        if func is torch.cat:  # tables are made of expanded tensors
+            self.count(sum(tensor.numel() for tensor in args[0]))
         if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         if func in (torch.rand, torch.randn) and "generator" not in kwargs:
@@ -269,7 +297,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated or corrupt): {error}") from None
+        raise ValueError(
+            f"{path} is not a readable safetensors file (truncated or corrupt): {shorten(str(error))}"
+        ) from None
 
 
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor], where: str) -> None:

@@ -1,12 +1,15 @@
 """Small real networks that every test shares, and an analytic Gaussian mixture."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import teachers
 from teachers.networks import NETWORKS, build
+
+MNIST = Path(__file__).parents[1] / "distill/assets/mnist"
 
 # The networks here are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -45,6 +48,17 @@ def teacher(request) -> teachers.Teacher:
 @pytest.fixture
 def make_teacher():
     return small_teacher
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> str:
+    """A folder with the first images of the bundled MNIST: reading all takes seconds, and their features half a minute."""
+    from datasets import Dataset
+
+    folder = tmp_path_factory.mktemp("digits")
+    for split, num in (("train", 1500), ("test", 500)):
+        Dataset.from_parquet(str(MNIST / f"{split}.parquet")).select(range(num)).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
 
 
 @pytest.fixture

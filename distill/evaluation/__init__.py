@@ -33,20 +33,28 @@ __all__ = [
 
 # Rows for the metrics that compare all pairs; the Fréchet distance uses every image.
 PAIRWISE_SAMPLES = 10_000
+# Training images that the nearest one of a sample is looked for among.
+TRAINING_SAMPLES = 100_000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are scored against: statistics of all training images, a random subset of their features, and
-    features of the held-out split, which scored the same way are the real-against-real floor.
+    """What samples are scored against: statistics of all training images, the features of many of them, and features of
+    the held-out split, which scored the same way are the real-against-real floor.
     """
 
     extractor: FeatureExtractor
     statistics: FeatureStatistics
-    rows: Tensor  # (<= PAIRWISE_SAMPLES, D), in random order
+    training: Tensor  # (<= TRAINING_SAMPLES, D), in random order
     held_out: Tensor  # (N, D), in random order
     held_out_hits: Tensor | None  # (N,) whether the classifier sees the true class
     floors: dict[int, dict] = field(default_factory=dict)  # scores of real images by their number, once computed
+    digest: str | None = None  # of the images and the features they are seen by
+
+    @property
+    def rows(self) -> Tensor:
+        """Those that are compared pair by pair, ``(<= PAIRWISE_SAMPLES, D)``."""
+        return self.training[:PAIRWISE_SAMPLES]
 
     def floor(self, num: int) -> dict:
         """Scores of ``num`` held-out real images (all of them if there are fewer; empty if they are too few)."""
@@ -120,9 +128,9 @@ def build_reference(
     What was extracted is kept in Hugging Face's cache folder (``HF_HOME``) and read from there the next time.
     """
     extractor = load_features(default_features(source) if features is None else features)
-    names = ("train", "test") if has_split(source, "test") else ("train",)
-    splits = [load_images(DataConfig(source, name, image_column, label_column), channels) for name in names]
-    path = cache_path(extractor, channels, splits)
+    splits = real_splits(source, channels, image_column, label_column)
+    digest = reference_digest(extractor, channels, splits)
+    path = cache_path(extractor, digest)
     if path is None:
         tensors = extract_reference(extractor, *splits)
     elif path.exists():
@@ -133,7 +141,14 @@ def build_reference(
     statistics = FeatureStatistics()
     statistics.count = int(tensors["count"])
     statistics.total, statistics.outer = tensors["total"], tensors["outer"]
-    return Reference(extractor, statistics, tensors["rows"], tensors["held_out"], tensors.get("held_out_hits"))
+    hits = tensors.get("held_out_hits")
+    return Reference(extractor, statistics, tensors["training"], tensors["held_out"], hits, digest=digest)
+
+
+def real_splits(source: str, channels: int, image_column: str = "image", label_column: str | None = "label") -> list[Images]:
+    """The ``train`` and, where there is one, the ``test`` split of a data source."""
+    names = ("train", "test") if has_split(source, "test") else ("train",)
+    return [load_images(DataConfig(source, name, image_column, label_column), channels) for name in names]
 
 
 def evaluation_source(recipe: Recipe) -> str | None:
@@ -162,33 +177,46 @@ def recipe_reference(recipe: Recipe) -> Reference | None:
     )
 
 
-def cache_path(extractor: FeatureExtractor, channels: int, splits: list[Images]) -> Path | None:
-    """Where these features of these images are kept; ``None`` for an extractor that does not say what it is."""
+def reference_digest(extractor: FeatureExtractor, channels: int, splits: list[Images]) -> str:
+    """A hash of what a :class:`Reference` depends on."""
+    # A fingerprint of datasets holds each file's path, size and date.
+    facts = [extractor.name, extractor.version, channels, TRAINING_SAMPLES, *(images.rows._fingerprint for images in splits)]
+    facts += [] if splits[0].label_column else ["no labels"]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def cache_path(extractor: FeatureExtractor, digest: str) -> Path | None:
+    """Where these features are kept; ``None`` for an extractor that does not say what it is."""
     if extractor.version is None:
         return None
-    # A fingerprint of datasets holds each file's path, size and date.
-    facts = [extractor.name, extractor.version, channels, PAIRWISE_SAMPLES, *(images.rows._fingerprint for images in splits)]
-    facts += [] if splits[0].label_column else ["no labels"]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return cached_assets_path("scm-distill", "references", extractor.name) / f"{digest[:16]}.safetensors"
 
 
 def extract_reference(extractor: FeatureExtractor, train: Images, test: Images | None = None) -> dict[str, Tensor]:
     """What a :class:`Reference` holds, as tensors by name."""
-    pixels, labels = shuffled(train)
-    if test is None:
-        held = min(len(pixels) // 2, PAIRWISE_SAMPLES)
-        real, unseen = pixels[held:], (pixels[:held], None if labels is None else labels[:held])
-    else:
-        real, unseen = pixels, shuffled(test)
+    real, unseen = training_and_held_out(train, test)
     features, _ = extract(extractor, real, None)
     held_out, hits = extract(extractor, *unseen)
     statistics = FeatureStatistics().update(features)
     tensors = {
         "count": torch.tensor(statistics.count), "total": statistics.total, "outer": statistics.outer,
-        "rows": features[:PAIRWISE_SAMPLES].clone(), "held_out": held_out,
+        "training": features[:TRAINING_SAMPLES].clone(), "held_out": held_out,
     }  # fmt: skip
     return tensors if hits is None else {**tensors, "held_out_hits": hits}
+
+
+def training_and_held_out(train: Images, test: Images | None = None) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    """The training images, and the held-out ones with their labels, each in a fixed random order."""
+    pixels, labels = shuffled(train)
+    if test is not None:
+        return pixels, shuffled(test)
+    held = min(len(pixels) // 2, PAIRWISE_SAMPLES)
+    return pixels[held:], (pixels[:held], None if labels is None else labels[:held])
+
+
+def held_out_images(splits: list[Images]) -> tuple[Tensor, Tensor | None]:
+    """The images behind ``Reference.held_out``, in its order, and their labels."""
+    return shuffled(splits[1]) if len(splits) == 2 else training_and_held_out(*splits)[1]
 
 
 def shuffled(images: Images) -> tuple[Tensor, Tensor | None]:

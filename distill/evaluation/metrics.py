@@ -1,6 +1,7 @@
 """Distances between sets of features, streaming or in chunks, in fp64."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -109,8 +110,13 @@ def distance_rows(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def neighbour_radii(x: Tensor, k: int) -> Tensor:
     """Distance of every row to its ``k``-th nearest other row, ``(N,)``."""
+    return neighbour_distances(x, k)[:, k - 1]
+
+
+def neighbour_distances(x: Tensor, k: int) -> Tensor:
+    """Distances of every row to its ``k`` nearest other rows, ``(N, k)``, nearest first."""
     # The nearest row is the row itself, at distance 0.
-    return torch.cat([rows.kthvalue(k + 1, dim=1).values for _, rows in distance_rows(x, x)])
+    return torch.cat([rows.topk(k + 1, dim=1, largest=False).values[:, 1:] for _, rows in distance_rows(x, x)])
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
@@ -138,3 +144,48 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
         inside += within.sum().item()
         covered |= within.any(0)
     return inside / (k * len(fake)), covered.double().mean().item()
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """What the pairs of real and generated features say, for several ``k`` at once.
+
+    Attributes:
+        inside: for each ``k`` whether a generated feature lies in the manifold of the real ones, ``(M,)``; its mean is the
+            precision.
+        covered: for each ``k`` whether a real one lies in the manifold of the generated ones, ``(N,)``: recall.
+        density: of each generated feature, for the largest ``k``, ``(M,)``.
+        held: whether the ball of a real feature holds a generated one, for the largest ``k``, ``(N,)``: coverage.
+        nearest: distance of each generated feature to the nearest other one, ``(M,)``.
+    """
+
+    inside: dict[int, Tensor]
+    covered: dict[int, Tensor]
+    density: Tensor
+    held: Tensor
+    nearest: Tensor
+
+
+def neighbourhoods(
+    real: Tensor, fake: Tensor, ks: tuple[int, ...] = (3, 5), real_distances: Tensor | None = None
+) -> Neighbourhoods:
+    """:func:`precision_recall` and :func:`density_coverage` sample by sample, from one pass over the pairs.
+
+    Args:
+        real_distances: :func:`neighbour_distances` of ``real`` for the largest ``k``, if they are known.
+    """
+    most = max(ks)
+    check_pair(real, fake, minimum=most + 1)
+    reach = neighbour_distances(real, most) if real_distances is None else real_distances
+    own = neighbour_distances(fake, most)
+    inside, held = {k: [] for k in ks}, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    covered, density = {k: held.clone() for k in ks}, []
+    for part, rows in distance_rows(fake, real):
+        for k in ks:
+            within = rows <= reach[:, k - 1]
+            inside[k].append(within.any(1))
+            covered[k] |= (rows <= own[part, k - 1 : k]).any(0)
+            if k == most:
+                density.append(within.sum(1) / k)
+                held |= within.any(0)
+    return Neighbourhoods({k: torch.cat(v) for k, v in inside.items()}, covered, torch.cat(density), held, own[:, 0])

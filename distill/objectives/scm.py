@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from distill import trigflow
 from distill.jvp import jvp, record_rng, replay_rng
+from distill.noise import draw
 from distill.objectives.stable_targets import StableTargets
+from distill.parallel import is_sharded
 from distill.recipe import Recipe, TangentConfig
 from distill.sampling import denoiser, exponential_adams
 from teachers import Teacher
@@ -113,9 +115,9 @@ class Diffusion:
     def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
         p = self.recipe
         t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, p.sigma_data, generator).to(x0.device)
-        z = p.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
+        z = p.sigma_data * draw(torch.randn, x0.shape, generator).to(x0.device)
         if labels is not None and p.label_dropout:
-            drop = (torch.rand(len(x0), generator=generator) < p.label_dropout).to(x0.device)
+            drop = (draw(torch.rand, (len(x0),), generator) < p.label_dropout).to(x0.device)
             labels = network.drop_condition(labels, drop)
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
@@ -198,7 +200,7 @@ class Consistency:
     def noisy_batch(self, x0, labels, generator) -> NoisyBatch:
         """Step 1 of Algorithm 1."""
         t, t_next = self.sample_times(len(x0), generator, x0.device)
-        z = self.recipe.sigma_data * torch.randn(x0.shape, generator=generator).to(x0.device)
+        z = self.recipe.sigma_data * draw(torch.randn, x0.shape, generator).to(x0.device)
         guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
@@ -216,14 +218,26 @@ class Consistency:
     def segment_targets(self, network, batch: NoisyBatch, on_segment, step: int, generator) -> tuple[Tensor, Tensor]:
         """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros."""
         target, g = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
-        length = torch.rand(len(batch.t), generator=generator).clamp(min=1e-3).to(batch.t.device)
-        if not on_segment.all():
-            target[~on_segment], g[~on_segment] = self.tangent(network, batch.rows(~on_segment), step, None)
-        if on_segment.any():
-            rows = batch.rows(on_segment)
-            length = self.recipe.segments.max_length * length[on_segment]
-            target[on_segment] = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
+        length = draw(torch.rand, (len(batch.t),), generator).clamp(min=1e-3).to(batch.t.device)
+        off, on = self.evaluated(~on_segment, step), self.evaluated(on_segment, step)
+        if off.any():
+            F, tangent = self.tangent(network, batch.rows(off), step, None)
+            target[~on_segment], g[~on_segment] = F[~on_segment[off]], tangent[~on_segment[off]]
+        if on.any():
+            rows, length = batch.rows(on), self.recipe.segments.max_length * length[on]
+            end = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
+            target[on_segment] = end[on_segment[on]]
         return target, g
+
+    def evaluated(self, rows: Tensor, step: int) -> Tensor:
+        """The samples to evaluate networks at where the mask ``rows`` ``(B,)`` asks for it. Networks in shards are called by
+        every process or by none: where chance decides, by one that has no such sample too, in vain.
+        """
+        p = self.recipe
+        by_chance = step / p.max_train_steps >= p.segments.everywhere_share and 0 < p.segments.below < math.pi / 2
+        if is_sharded(p) and by_chance and not rows.any():
+            return torch.arange(len(rows), device=rows.device) == 0
+        return rows
 
     @torch.no_grad()
     def segment_end(self, network, x_t, t, length, labels, guidance) -> Tensor:
@@ -295,7 +309,7 @@ def sample_guidance(recipe: Recipe, n: int, generator: torch.Generator, device) 
     if not isinstance(recipe.guidance_scale, list):
         return None
     low, high = recipe.guidance_scale
-    return (low + (high - low) * torch.rand(n, generator=generator)).to(device)
+    return (low + (high - low) * draw(torch.rand, (n,), generator)).to(device)
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

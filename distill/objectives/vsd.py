@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import trigflow
+from distill.noise import draw
 from distill.objectives.scm import AdaptiveWeighting, Loss, autocast, mean_square, sample_guidance, weighted_loss
 from distill.recipe import Recipe
 from distill.sampling import consistency_sample
@@ -61,7 +62,7 @@ class VSD:
         teacher denoises them to.
         """
         sd = self.recipe.sigma_data
-        z = sd * torch.randn(x.shape, generator=generator).to(x)
+        z = sd * draw(torch.randn, x.shape, generator).to(x)
         x_t = trigflow.perturb(x, z, t)
         with autocast(self.recipe, x.device):
             F_teacher = self.teacher(x_t, t, labels, guidance).to(x.dtype)
@@ -92,7 +93,7 @@ class FakeScore:
         with torch.no_grad():
             x = generate_samples(network, network, self.recipe, x0.shape, labels, guidance, generator, x0.device)
         t = trigflow.sample_times(len(x), p.fake_p_mean, p.fake_p_std, sd, generator).float().to(x.device)
-        z = sd * torch.randn(x.shape, generator=generator).to(x)
+        z = sd * draw(torch.randn, x.shape, generator).to(x)
         error = mean_square(fake(trigflow.perturb(x, z, t), t, labels, guidance) - trigflow.velocity(x, z, t) / sd)
         return weighted_loss(error, t, self.weighting)
 
@@ -112,7 +113,7 @@ def generate_samples(
     last = int(torch.randint(len(times), (1,), generator=generator))
 
     def noise() -> Tensor:
-        return sd * torch.randn(shape, generator=generator).to(device)
+        return sd * draw(torch.randn, shape, generator).to(device)
 
     def earlier_step(x: Tensor, s: Tensor) -> Tensor:
         with autocast(recipe, device):

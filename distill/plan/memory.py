@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.parallel import blocks, checkpoints_activations, is_sharded, world_size
 from distill.plan.networks import Networks, planned_networks
-from distill.plan.passes import Pass, Passes, blocks, forward_and_backward
+from distill.plan.passes import Pass, Passes, forward_and_backward
 from distill.recipe import Recipe
 from distill.trainer import uses_derivative
 from teachers import Teacher
@@ -74,7 +75,8 @@ class Option:
     def advice(self, recipe: Recipe, available: float) -> str | None:
         """The values of the recipe that let it fit, with the same images a step; ``None`` if nothing does."""
         images, largest = recipe.train_batch_size * recipe.gradient_accumulation_steps, self.memory.largest_batch(available)
-        batch = max((n for n in range(1, min(largest, recipe.train_batch_size) + 1) if images % n == 0), default=0)
+        most = min(largest, recipe.train_batch_size // self.devices)
+        batch = self.devices * max((n for n in range(1, most + 1) if images % (n * self.devices) == 0), default=0)
         values = f"train_batch_size={batch} gradient_accumulation_steps={images // batch}" if batch else None
         if values is None or (self.devices == 1 and not self.checkpointed):
             return values
@@ -116,7 +118,7 @@ def what_would_fit(passes: Passes, available: float, devices: int) -> str:
     for more in (2**n for n in range(1, 12)):
         way = option(passes.networks, step_memory(passes, checkpointed=True), more, sharded=True, checkpointed=True)
         if way.memory.largest_batch(available) > 0:
-            return f"{way.name}: train_batch_size=1"
+            return f"{way.name}: train_batch_size={more}"
     return "nothing: one image is too large"
 
 
@@ -139,14 +141,17 @@ def fit_to_device(recipe: Recipe, pretrained: Teacher | None = None) -> Memory |
         networks = planned_networks(recipe, pretrained)
         if networks.assumed:
             return None
-        passes = Passes(recipe, networks, gpu)
-        activations = passes.peak(passes.student, passes.batch, forward_and_backward(passes.student))
+        passes = Passes(recipe, networks, gpu, world_size())
+        checkpointed = checkpoints_activations(recipe)
+        if checkpointed:
+            here = step_memory(passes, checkpointed)
+        else:
+            activations = passes.peak(passes.student, passes.batch, forward_and_backward(passes.student))
+            here = Memory(state_bytes(recipe, networks), [Pass(0.0, activations / passes.batch)])
     except Exception:  # whatever is wrong, also in a user's network, is said better where it is loaded
         return None
-    devices = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    here = Memory(state_bytes(recipe, networks), [Pass(0.0, activations / passes.batch)])
-    here = option(networks, here, devices, sharded, checkpointed=False).memory
+    devices = world_size()
+    here = option(networks, here, devices, is_sharded(recipe), checkpointed).memory
     needed, state = here.total(passes.batch), sum(here.state.values())
     if needed <= available:
         return here

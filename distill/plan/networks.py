@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distill.lora import add_adapters, sharing_student
 from distill.recipe import Recipe
-from distill.trainer import check_fits, fitted, set_dropout
+from distill.recipe_networks import check_fits, fitted, set_dropout
 from teachers import EDM, Teacher
 from teachers.condition import example_text
 from teachers.networks import build

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.jvp import jvp
+from distill.parallel import blocks
 from distill.plan.networks import Networks, hollow
 from distill.recipe import Recipe
 from teachers import Teacher
@@ -75,6 +76,12 @@ class Pass:
         return max(0, math.floor((budget - self.fixed) / self.per_image))
 
 
+def make_tables(network: Teacher) -> None:
+    """Have the tables of the network's noise schedules computed, which are kept: they must not be fake ones."""
+    for each in filter(None, (network, network.guidance_teacher)):
+        each.parameterization.coefficients(torch.ones(1, dtype=torch.float64), each.sigma_data)
+
+
 @contextmanager
 def attention_as_on_gpu(wanted: bool) -> Iterator[None]:
     """Let the tangent of attention take the chunks that it takes on a GPU."""
@@ -92,14 +99,18 @@ class Passes:
     Args:
         networks: what :func:`planned_networks` returns.
         gpu: whether memory is that of a GPU.
+        processes: that share the recipe's batch out.
 
     Raises (every pass):
         ValueError: a network whose forward depends on the values of tensors.
     """
 
-    def __init__(self, recipe: Recipe, networks: Networks, gpu: bool):
-        self.recipe, self.networks, self.gpu, self.batch = recipe, networks, gpu, recipe.train_batch_size
-        with FakeTensorMode() as self.mode:
+    def __init__(self, recipe: Recipe, networks: Networks, gpu: bool, processes: int = 1):
+        self.recipe, self.networks, self.gpu = recipe, networks, gpu
+        self.batch = max(1, recipe.train_batch_size // processes)
+        for network in filter(None, (networks.student, networks.teacher)):
+            make_tables(network)
+        with FakeTensorMode(allow_non_fake_inputs=True) as self.mode:
             self.student = hollow(networks.student, "cpu").train(recipe.dropout > 0)
             self.teacher = None if networks.teacher is None else hollow(networks.teacher, "cpu").eval()
 
@@ -191,12 +202,3 @@ class Recomputed:
 
     def __call__(self, *args, **kwargs):
         return checkpoint(self.forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def blocks(native: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network: what lists, dictionaries and sequences of modules hold, the outermost ones."""
-    found = []
-    for module in native.children():
-        holds_blocks = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-        found += module.children() if holds_blocks else blocks(module)
-    return found

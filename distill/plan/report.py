@@ -40,7 +40,7 @@ def plan(recipe: Recipe, hardware: Hardware) -> dict:
     """
     hardware.check()
     networks = planned_networks(recipe)
-    passes = Passes(recipe, networks, gpu=True)
+    passes = Passes(recipe, networks, gpu=True, processes=hardware.gpus)
     flops = step_flops(passes)
     available = USABLE * hardware.memory_gb * GB
     return {
@@ -111,7 +111,7 @@ def step_flops(passes: Passes) -> dict[str, float]:
 
 def memory_row(way: Option, recipe: Recipe, available: float) -> dict:
     """One option as plain values, in GB."""
-    batch = recipe.train_batch_size
+    batch = max(1, recipe.train_batch_size // way.devices)
     total = way.memory.total(batch)
     return {
         "option": way.name, **{name: size / GB for name, size in way.memory.state.items()},
@@ -122,7 +122,7 @@ def memory_row(way: Option, recipe: Recipe, available: float) -> dict:
 
 def duration(recipe: Recipe, flops: float, hardware: Hardware) -> dict[str, float]:
     """How long a step and the training take, without validations; FLOPs are those of one image."""
-    images = recipe.train_batch_size * recipe.gradient_accumulation_steps * hardware.gpus
+    images = recipe.train_batch_size * recipe.gradient_accumulation_steps
     rate = hardware.utilization * (hardware.tflops or TFLOPS[recipe.mixed_precision]) * 1e12
     seconds = images * flops / hardware.gpus / rate
     hours = seconds * recipe.max_train_steps / 3600

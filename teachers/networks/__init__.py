@@ -92,4 +92,5 @@ def is_registered(network: nn.Module) -> bool:
 
 def is_ours(network: nn.Module) -> bool:
     """Whether this is a network of this package: it takes its time in fp64, and can be built on the meta device."""
-    return type(network) in OURS
+    # A network in shards is of a class that FSDP2 made of its own, which stands at this place of its ancestors.
+    return type(network).__mro__[getattr(type(network), "_orig_cls_mro_index", 0)] in OURS

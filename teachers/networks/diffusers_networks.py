@@ -74,6 +74,8 @@ class DiffusersDiT(nn.Module):
         config: the model's own config, as diffusers saves it.
     """
 
+    shared_blocks = ("model.transformer_blocks.0",)  # its last layer reads the first block's embedding
+
     def __init__(self, config: dict):
         super().__init__()
         self.model = diffusers_model("DiTTransformer2DModel", config)

@@ -14,6 +14,9 @@ class Place(NamedTuple):
     last: bool  # the last block of its decoder level
 
 
+MAX_BLOCKS = 1000  # of the encoder; a config may ask for any number
+
+
 def unet_plan(
     img_resolution: int, in_channels: int, first: int, widths: list[int], num_blocks: int
 ) -> tuple[list[Place], list[Place]]:
@@ -22,7 +25,12 @@ def unet_plan(
     Args:
         first: channels after the first convolution.
         widths: channels of each level, from the full resolution down; each level halves the resolution.
+
+    Raises:
+        ValueError: more blocks than any network has.
     """
+    if len(widths) * (num_blocks + 1) > MAX_BLOCKS:
+        raise ValueError(f"{len(widths)} levels of {num_blocks} blocks are more than {MAX_BLOCKS} in all")
     encoder, cout = [], first
     for level, width in enumerate(widths):
         res = img_resolution >> level

@@ -104,9 +104,10 @@ def test_a_model_is_converted_to_an_empty_or_an_old_model_folder_only(model, tmp
     assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == {"model_type": "bert"}
 
 
-def test_evaluate(tmp_path, capsys):
+def test_evaluate(tmp_path, capsys, digits):
     out = tmp_path / "scores.json"
-    assert cli.main(["evaluate", "mnist-edm", "--steps", "2", "--num", "60", "--out", str(out)]) == 0
+    data = ["--data", digits, "--features", "MNIST-CNN"]
+    assert cli.main(["evaluate", "mnist-edm", "--steps", "2", "--num", "60", "--out", str(out), *data]) == 0
     scores = json.loads(out.read_text())
     assert scores["num_samples"] == 60 and scores["floor"]["num_samples"] == 60
     assert "real test images (60)" in capsys.readouterr().out
@@ -114,7 +115,7 @@ def test_evaluate(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    [["sample"], ["evaluate"], ["export"], ["plan"], ["precompute", "latents"], ["precompute", "prompts"],
+    [["sample"], ["evaluate"], ["compare"], ["export"], ["plan"], ["precompute", "latents"], ["precompute", "prompts"],
      ["teachers", "inspect"], ["teachers", "list"]],
 )
 def test_every_verb_shows_an_example(verb, capsys):
@@ -200,6 +201,7 @@ ELSEWHERE = {
     "families/dit.yaml": ("runs/teachers/dit", "families/dit-retrofit.yaml"),
 }  # fmt: skip
 RECIPES = sorted(p.relative_to(ROOT / "recipes").as_posix() for p in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = [name for name in RECIPES if not name.startswith("compare/")]  # for distill compare, they train nothing
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ELSEWHERE])
@@ -228,8 +230,8 @@ def mistaken(tmp_path):
     return str(tmp_path / "mistaken")
 
 
-def test_a_teacher_under_a_wrong_convention_is_refused_before_training(mistaken, tmp_path, capsys):
-    for changes in (["--check"], ["--check", "data=teacher"], [], ["data=teacher"]):
+def test_a_teacher_under_a_wrong_convention_is_refused_before_training(mistaken, tmp_path, capsys, digits):
+    for changes in ([f"data={digits}", "--check"], ["--check", "data=teacher"], [f"data={digits}"], ["data=teacher"]):
         arguments = ["mnist-flow.yaml", f"teacher={mistaken}", f"output_dir={tmp_path / 'run'}", *changes]
         assert run.main(arguments) == 1
         error = capsys.readouterr().err
@@ -280,15 +282,22 @@ def test_a_student_cannot_be_distilled():
         distill.from_pretrained("mnist-edm-scm").train("mnist.yaml")
 
 
-def test_the_main_job_end_to_end(tmp_path):
+def on_one_core():
+    """Before a process starts that would use all of them: the other tests need them too."""
+    if hasattr(os, "sched_setaffinity"):  # Linux only
+        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+
+
+def test_the_main_job_end_to_end(tmp_path, digits):
     """``accelerate launch distill/run.py`` on the real recipe with small numbers, then the Python API on its result."""
     command = [
         shutil.which("accelerate", path=str(Path(sys.executable).parent)), "launch", "--num_processes", "1",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "distill/run.py", "recipes/mnist.yaml",
         f"output_dir={tmp_path / 'run'}", "max_train_steps=3", "train_batch_size=8", "evaluation.num_samples=50",
-        "evaluation.teacher_steps=2", "evaluation.validation_samples=50",
+        "evaluation.teacher_steps=2", "evaluation.validation_samples=50", f"evaluation.data={digits}",
+        "evaluation.features=MNIST-CNN",
     ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=on_one_core)
     assert result.returncode == 0, result.stderr[-3000:]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"grid.png", "metrics.json", "metrics.md", "curves.png", "student", "pipeline", "metrics.jsonl"} <= names
@@ -300,12 +309,12 @@ def test_the_main_job_end_to_end(tmp_path):
     assert model.role == "student" and images.shape == (4, 1, 28, 28) and images.abs().max() <= 1
 
 
-def test_python_api_trains_and_exports(make_teacher, tmp_path):
+def test_python_api_trains_and_exports(tmp_path, digits):
     model = distill.from_pretrained("mnist-edm")
     model.train(
         "recipes/mnist.yaml", max_train_steps=2, train_batch_size=4, output_dir=str(tmp_path / "run"),
         evaluation__num_samples=50, evaluation__teacher_steps=0, evaluation__num_inference_steps=[1, 2],
-        evaluation__search_samples=50,
+        evaluation__search_samples=50, data=digits,
     )  # fmt: skip
     assert model.role == "student" and model.config["metrics"].keys() == {"this run, 1 step", "this run, 2 steps"}
     model.export(tmp_path / "pipeline")

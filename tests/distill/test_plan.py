@@ -14,12 +14,12 @@ from distill.ema import EMA
 from distill.jvp import jvp
 from distill.objectives.scm import build_objective
 from distill.objectives.vsd import VSD, FakeScore
+from distill.optimizer import build_optimizer
 from distill.plan.memory import Memory, option, step_memory
 from distill.plan.networks import Networks, planned_networks
 from distill.plan.passes import LiveMemory, Pass, Passes, blocks
 from distill.plan.report import passes_per_image, sampling_costs, segment_share, table
 from distill.recipe import load_recipe, parse_recipe
-from distill.trainer import build_optimizer
 from teachers.released import released_config
 
 BATCH = 8
@@ -177,7 +177,7 @@ def test_sizes_have_the_papers_values(data):
     for size, (rate, dropout) in SIZES[data].items():
         r = load_recipe(f"{data}-{size}.yaml")
         assert (r.optimizer.learning_rate, r.dropout) == (rate, dropout)
-        assert r.train_batch_size * r.gradient_accumulation_steps * 8 == 2048
+        assert r.train_batch_size * r.gradient_accumulation_steps == 2048
         assert (r.optimizer.beta1, r.optimizer.beta2, r.optimizer.epsilon) == (0.9, 0.99, 1e-11)
         assert (r.tangent.constant, r.tangent.warmup_steps, r.ema[0].sigma_rel) == (0.1, 10_000, 0.05)
         small = data == "imagenet64"
@@ -209,7 +209,8 @@ def test_sharding_divides_the_state_and_processes_keep_a_second_gradient(make_te
     r = recipe(train_batch_size=6, gradient_accumulation_steps=2)
     assert single.advice(r, 1665) == "train_batch_size=6 gradient_accumulation_steps=2"
     assert single.advice(r, 1655) == "train_batch_size=4 gradient_accumulation_steps=3"  # 5 would fit, 12 is no multiple
-    assert double.advice(r, 2415) == "DDP: train_batch_size=1 gradient_accumulation_steps=12"
+    r = recipe(train_batch_size=24, gradient_accumulation_steps=2)
+    assert double.advice(r, 2415) == "DDP: train_batch_size=8 gradient_accumulation_steps=6"
     assert single.advice(r, 1600) is None
 
 
@@ -232,8 +233,8 @@ def test_the_command(capsys):
     assert cli.main(["plan", *tiny, "--gpus", "4", "--json", "--gpu-tflops", "100", "--utilization", "0.5"]) == 0
     values = json.loads(capsys.readouterr().out)
     time, flops = values["time"], values["flops an image"]
-    assert time["images a step"] == 512 and time["flops a step"] == pytest.approx(512 * sum(flops.values()))
-    assert time["seconds a step"] == pytest.approx(128 * sum(flops.values()) / 50e12)
+    assert time["images a step"] == 128 and time["flops a step"] == pytest.approx(128 * sum(flops.values()))
+    assert time["seconds a step"] == pytest.approx(32 * sum(flops.values()) / 50e12)
     assert time["GPU-hours"] == pytest.approx(4 * time["hours"]) == pytest.approx(25_000 * time["seconds a step"] / 900)
     assert [row["option"] for row in values["memory"]] == [
         "DDP", "DDP, activation checkpointing", "FSDP2 over 4", "FSDP2 over 4, activation checkpointing"

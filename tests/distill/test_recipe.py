@@ -7,7 +7,7 @@ from distill import recipe as recipes
 from distill.recipe import Recipe, load_recipe, parse_overrides, parse_recipe, recipe_path, to_dict
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(ROOT.joinpath("recipes").rglob("*.yaml"))
+RECIPES = sorted(p for p in ROOT.joinpath("recipes").rglob("*.yaml") if p.parent.name != "compare")  # see test_comparison.py
 SECTIONS = [value for value in vars(recipes).values() if dataclasses.is_dataclass(value) and value is not Recipe]
 MINIMAL = dict(
     objective="distillation", output_dir="x", sigma_data=0.5, max_train_steps=1, train_batch_size=4, sample_shape=[1, 8, 8],

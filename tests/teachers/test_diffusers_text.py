@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import teachers
 from distill.jvp import check_jvp, probe_jvp
 from distill.recipe import parse_recipe
-from distill.trainer import check_fits, fitted
+from distill.recipe_networks import check_fits, fitted
 from teachers.condition import Embeddings
 from teachers.diffusers import read_diffusers
 from teachers.networks import build

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Image, Value
 
 from distill.evaluation import build_reference, evaluate, format_table, metrics
 from distill.evaluation.classifier import MNISTClassifier
-from distill.evaluation.features import FeatureExtractor, load_features
+from distill.evaluation.features import FeatureExtractor, default_features, load_features
 
 GENERATOR = torch.Generator().manual_seed(0)
 REAL = torch.randn(300, 6, generator=GENERATOR, dtype=torch.float64)
@@ -67,6 +67,17 @@ def test_manifold_metrics_equal_brute_force(monkeypatch, k):
     assert np.allclose(got, brute(REAL, FAKE, k), atol=1e-12)
 
 
+def test_neighbourhoods_hold_the_same_metrics_for_several_k(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 64)
+    found = metrics.neighbourhoods(REAL, FAKE, (3, 5), metrics.neighbour_distances(REAL, 5))
+    for k in (3, 5):
+        precision, recall, density, coverage = brute(REAL, FAKE, k)
+        assert np.allclose([found.inside[k].double().mean(), found.covered[k].double().mean()], [precision, recall])
+    assert np.allclose([found.density.double().mean(), found.held.double().mean()], [density, coverage])
+    apart = (FAKE[:, None] - FAKE).norm(dim=2).fill_diagonal_(math.inf)
+    torch.testing.assert_close(found.nearest, apart.min(1).values)
+
+
 def test_a_dropped_mode_costs_recall_and_outliers_cost_precision():
     modes = torch.cat([REAL[:150], REAL[150:] + 100])
     precision, recall = metrics.precision_recall(modes, modes[:150] + 0.01)
@@ -92,9 +103,11 @@ def test_bad_input_is_one_sentence(call, message):
         call()
 
 
-def test_reference_scores_and_floor():
-    reference = build_reference("mnist", "MNIST-CNN")
-    assert len(reference.rows) == 10_000 and reference.statistics.count == 60_000
+def test_reference_scores_and_floor(digits, monkeypatch):
+    monkeypatch.setattr("distill.evaluation.PAIRWISE_SAMPLES", 1000)
+    reference = build_reference.__wrapped__(digits, "MNIST-CNN")
+    assert len(reference.rows) == 1000 and reference.statistics.count == 1500 and len(reference.held_out) == 500
+    assert default_features("mnist") == "MNIST-CNN" and default_features(digits) == "pixels"
     floor = reference.floor(500)
     assert 0 < floor["MNIST-CNN-FD"] and floor["asked class"] > 0.98 and floor["recall (k=3)"] > 0.5
     noise = [(torch.rand(100, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.zeros(100).long())]
