@@ -73,11 +73,13 @@ def test_memory_is_that_of_real_steps(bundled):
     assert step_memory(passes).total(BATCH) == pytest.approx(weights + peak, rel=0.15)
 
 
-def test_memory_is_linear_in_the_batch_and_smaller_with_checkpointing(bundled):
-    r, passes, _ = bundled
+def test_memory_is_linear_in_the_batch_and_smaller_with_checkpointing(make_teacher):
+    network = make_teacher("SiT", depth=6)
+    passes = Passes(recipe(), Networks(network, network), gpu=False)
     memory, checkpointed = step_memory(passes), step_memory(passes, checkpointed=True)
     assert memory.total(2 * BATCH) - memory.total(BATCH) == pytest.approx(BATCH * passes.training.per_image)
     assert checkpointed.activations(BATCH) < memory.activations(BATCH) / 2
+    assert passes.checkpointed_training.flops == pytest.approx(4 / 3 * passes.training.flops, rel=0.02)
     largest = memory.largest_batch(1e9)
     assert memory.total(largest) <= 1e9 < memory.total(largest + 1)
 
