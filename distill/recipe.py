@@ -102,7 +102,11 @@ class VSDConfig:
     fake_p_std: float = 1.6
     fake_updates: int = 1  # of the fake score before each of the student; DMD2 has 5
     fake_learning_rate: float | None = None  # null: that of the student; everything else is as in optimizer
-    steps: int = 1  # in which the student draws the samples that are compared
+    steps: int | list[int] = 1  # in which the student draws the samples that are compared; of several, a random one each time
+
+    @property
+    def step_counts(self) -> list[int]:
+        return self.steps if isinstance(self.steps, list) else [self.steps]
 
 
 @dataclass
@@ -491,8 +495,8 @@ def check_vsd(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: vsd.weighting is {vsd.weighting!r}; allowed: adaptive, dmd")
     if vsd.fake_updates < 1:
         raise ValueError(f"{where}: vsd.fake_updates must be at least 1, got {vsd.fake_updates}")
-    if not 1 <= vsd.steps <= MAX_STEPS:
-        raise ValueError(f"{where}: vsd.steps must be 1 to {MAX_STEPS}, got {vsd.steps}")
+    if not vsd.steps or not all(1 <= steps <= MAX_STEPS for steps in vsd.step_counts):
+        raise ValueError(f"{where}: vsd.steps must be 1 to {MAX_STEPS}, or a list of such numbers, got {vsd.steps}")
 
 
 def get_dotted(recipe: Recipe, key: str):

@@ -599,7 +599,7 @@ class Trainer:
     @property
     def validation_steps(self) -> int:
         """In how many steps the samples are drawn whose distance is logged."""
-        return self.recipe.vsd.steps if self.recipe.objective == "vsd" else 2
+        return max(self.recipe.vsd.step_counts) if self.recipe.objective == "vsd" else 2
 
     def validation_distance(self, steps: int) -> float:
         """The Fréchet distance of a few samples, always the same noise: for its course, not for its value."""

@@ -11,6 +11,8 @@ so a sample moves along ``F_fake - F_teacher``. The two published forms differ i
 mean of ``|x - D_teacher|``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -106,11 +108,12 @@ def generate_samples(
     ``student``, is differentiated.
 
     Of more than one step a random one is the last (backward simulation, DMD2, arXiv 2405.14867, section 4.4), so that every
-    step learns from the inputs that it will have.
+    step learns from the inputs that it will have. Numbers of steps have times of their own, so of several a random one is
+    taken first.
     """
     sd = recipe.sigma_data
-    times = student_times(recipe.vsd.steps, sd)
-    last = int(torch.randint(len(times), (1,), generator=generator))
+    times = student_times(choose(recipe.vsd.step_counts, generator), sd)
+    last = choose(range(len(times)), generator)
 
     def noise() -> Tensor:
         return sd * draw(torch.randn, shape, generator).to(device)
@@ -124,3 +127,8 @@ def generate_samples(
         x_t = trigflow.perturb(consistency_sample(earlier_step, noise, times[:last], sd), x_t, t)
     F = student(x_t, t, labels, guidance)
     return trigflow.consistency_function(x_t, F.to(x_t.dtype), t, sd)
+
+
+def choose(numbers: Sequence[int], generator: torch.Generator) -> int:
+    """One of them, each as likely; of a single one without a draw."""
+    return numbers[int(torch.randint(len(numbers), (1,), generator=generator)) if len(numbers) > 1 else 0]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, mean
 
 from distill.plan.memory import GB, USABLE, Option, options, what_would_fit
 from distill.plan.networks import planned_networks
@@ -89,7 +89,7 @@ def passes_per_image(recipe: Recipe) -> dict[str, float]:
         if recipe.objective == "distillation":
             count["teacher"] += 1 - on_segments + on_segments * (recipe.segments.solver_steps if recipe.segments else 0)
     if recipe.vsd is not None:  # the fake score is a network like the student
-        drawing, updates = (recipe.vsd.steps - 1) / 2, recipe.vsd.fake_updates
+        drawing, updates = (mean(recipe.vsd.step_counts) - 1) / 2, recipe.vsd.fake_updates
         count["teacher"] += 1
         count["evaluation"] += drawing + 1 + updates * (drawing + 1)
         count["training"] += 1 + updates

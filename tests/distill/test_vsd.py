@@ -212,7 +212,7 @@ def test_updates_of_the_fake_score(values):
         ({"vsd": None}, "objective vsd needs the section vsd"),
         ({"objective": "training"}, "vsd belongs to objectives vsd and distillation"),
         ({"vsd": {"weighting": "none"}}, "vsd.weighting is 'none'; allowed: adaptive, dmd"),
-        ({"vsd": {"steps": 9}}, "vsd.steps must be 1 to 8, got 9"),
+        ({"vsd": {"steps": 9}}, "vsd.steps must be 1 to 8, or a list of such numbers, got 9"),
         ({"vsd": {"fake_updates": 0}}, "vsd.fake_updates must be at least 1"),
         ({"vsd": {"weight": 0.0}}, "vsd.weight must be positive"),
         ({"target_half_life_images": 10.0}, "belongs to the consistency objectives"),
