@@ -22,17 +22,22 @@ class RNGState(NamedTuple):
     cuda: Tensor | None
 
 
-@torch.no_grad()
-def jvp(function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def jvp(
+    function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], keep_graph: bool = False
+) -> tuple[Tensor, Tensor]:
     """``function(*primals)`` and its directional derivative along ``tangents``, both detached.
 
-    ``function`` must call the bare network, not its DDP wrapper. Networks that call SDPA themselves get the one kernel that
+    With ``keep_graph`` the value keeps its graph for a backward pass; the graph of the derivative is built too, and dropped,
+    which is what this costs in memory.
+
+    Without it ``function`` must call the bare network, not its DDP wrapper. Networks that call SDPA themselves get the one kernel that
     forward mode differentiates; ours bring a tangent of less memory (:func:`teachers.networks.layers.attend`). Gradient
-    checkpointing is inert, since nothing is recorded for a backward pass.
+    checkpointing is inert where nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
-    with sdpa_kernel(SDPBackend.MATH):
-        return torch.func.jvp(function, primals, tangents)
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph):
+        value, derivative = torch.func.jvp(function, primals, tangents)
+    return value, derivative.detach()
 
 
 def record_rng(device: torch.device) -> RNGState:

@@ -50,6 +50,7 @@ class TangentConfig:
     constant: float = 0.1  # c
     warmup_steps: int = 1000  # r goes 0 -> 1 over this many steps; 0: no warm-up
     rearrangement: bool = True  # false: differentiate first, multiply by cos t sin t afterwards
+    shared_primal: bool = False  # one forward pass for the loss and the derivative: less work, more memory
 
 
 @dataclass
@@ -462,6 +463,8 @@ def check_lora(recipe: Recipe, where: str) -> None:
 def check_targets(recipe: Recipe, where: str) -> None:
     """Rules for segments and for what makes the targets."""
     segments, half_life = recipe.segments, recipe.target_half_life_images
+    if recipe.tangent.shared_primal:
+        check_shared_primal(recipe, where)
     if half_life is not None and (half_life <= 0 or recipe.is_diffusion or recipe.objective == "vsd"):
         raise ValueError(f"{where}: target_half_life_images must be positive, and belongs to the consistency objectives")
     if segments is None:
@@ -476,6 +479,17 @@ def check_targets(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: segments.below must be from 0 to pi/2 radians, got {segments.below}")
     if not 0 <= segments.everywhere_share <= 1:
         raise ValueError(f"{where}: segments.everywhere_share must be from 0 to 1, got {segments.everywhere_share}")
+
+
+def check_shared_primal(recipe: Recipe, where: str) -> None:
+    """One forward pass can serve both only where the derivative is of the very network, at the very samples, of the loss."""
+    for key in ("segments", "target_half_life_images", "discrete_steps"):
+        if getattr(recipe, key) is not None:
+            raise ValueError(f"{where}: tangent.shared_primal needs Algorithm 1 as it is; remove {key}")
+    if recipe.is_diffusion or recipe.objective == "vsd":
+        raise ValueError(f"{where}: tangent.shared_primal belongs to the consistency objectives; remove it")
+    if recipe.activation_checkpointing:
+        raise ValueError(f"{where}: tangent.shared_primal takes memory to save work, activation_checkpointing the reverse")
 
 
 def check_vsd(recipe: Recipe, where: str) -> None:

@@ -180,12 +180,15 @@ class Consistency:
         on_segment = None if p.segments is None else p.segments.covers(batch.t, step / p.max_train_steps)
         # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
-        if on_segment is None:
-            frozen, g = self.tangent(network, batch, step, rng)
+        if p.tangent.shared_primal:
+            F, g = self.tangent(student, batch, step, rng)
         else:
-            frozen, g = self.segment_targets(network, batch, on_segment, step, generator)
-        with replay_rng(rng) if rng else nullcontext():
-            F = student(batch.x_t, batch.t, labels, batch.guidance)
+            if on_segment is None:
+                frozen, g = self.tangent(network, batch, step, rng)
+            else:
+                frozen, g = self.segment_targets(network, batch, on_segment, step, generator)
+            with replay_rng(rng) if rng else nullcontext():
+                F = student(batch.x_t, batch.t, labels, batch.guidance)
         if p.target_half_life_images is None:
             # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
             # compiled code that difference is as large as g.
@@ -205,7 +208,9 @@ class Consistency:
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
     def tangent(self, network, batch: NoisyBatch, step: int, rng) -> tuple[Tensor, Tensor]:
-        """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``."""
+        """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``. With ``tangent.shared_primal`` the first keeps its graph, and is the
+        loss' own ``F``.
+        """
         x0, z, x_t, t, t_next, *condition = batch
         warmup = self.recipe.tangent.warmup_steps
         r = min(1.0, step / warmup) if warmup else 1.0
@@ -280,11 +285,12 @@ class Consistency:
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
         with autocast(self.recipe, x_t.device):
-            F, dF = jvp(lambda x, time: network(x, time, labels, guidance), (x_t, t), tangents)
+            call = lambda x, time: network(x, time, labels, guidance)  # noqa: E731
+            F, dF = jvp(call, (x_t, t), tangents, self.recipe.tangent.shared_primal)
         F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)
         if not self.recipe.tangent.rearrangement:
             dF = trigflow.expand(cos_sin, x_t) * dF
-        return F, consistency_tangent(x_t, t, dx_dt, F, dF, r, self.recipe.sigma_data)
+        return F, consistency_tangent(x_t, t, dx_dt, F.detach(), dF, r, self.recipe.sigma_data)
 
     @torch.no_grad()
     def discrete_tangent(self, network, x_t, t, t_next, dx_dt, labels, guidance, r, rng) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,7 @@ class Passes:
     def __init__(self, recipe: Recipe, networks: Networks, gpu: bool, processes: int = 1):
         self.recipe, self.networks, self.gpu = recipe, networks, gpu
         self.batch = max(1, recipe.train_batch_size // processes)
+        self.shared_primal = recipe.tangent.shared_primal
         for network in filter(None, (networks.student, networks.teacher)):
             make_tables(network)
         with FakeTensorMode(allow_non_fake_inputs=True) as self.mode:
@@ -162,7 +163,8 @@ class Passes:
     @cached_property
     def training(self) -> Pass:
         """The student's forward and backward pass. Gradients of weights are left out, which are counted with the weights."""
-        flops, _ = self.run(self.student, self.batch, forward_and_backward(self.student))  # the counter keeps some tensors
+        call = forward_and_backward(self.student, self.shared_primal)
+        flops, _ = self.run(self.student, self.batch, call)  # the counter keeps some tensors
         return self.with_gradients(self.student, flops / self.batch)
 
     @cached_property
@@ -177,17 +179,20 @@ class Passes:
         return self.with_gradients(student, self.training.flops + self.student_evaluation.flops)
 
     def with_gradients(self, student: Teacher, flops: float) -> Pass:
-        once, twice = (self.peak(student, batch, forward_and_backward(student)) for batch in (self.batch, 2 * self.batch))
+        call = forward_and_backward(student, self.shared_primal)
+        once, twice = (self.peak(student, batch, call) for batch in (self.batch, 2 * self.batch))
         return Pass(flops, (twice - once) / self.batch, 2 * once - twice)
 
 
-def forward_and_backward(student: Teacher) -> Callable:
-    """A pass that drops the gradient of each weight as soon as it is whole."""
+def forward_and_backward(student: Teacher, with_derivative: bool = False) -> Callable:
+    """A pass that drops the gradient of each weight as soon as it is whole; its forward may give the derivative too."""
 
     def call(x, t, labels, guidance):
         trained = [p for p in student.parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
-        student(x, t, labels, guidance).float().square().sum().backward()
+        value = lambda x, t: student(x, t, labels, guidance)  # noqa: E731
+        F = jvp(value, (x, t), (x.clone(), t.clone()), keep_graph=True)[0] if with_derivative else value(x, t)
+        F.float().square().sum().backward()
         for hook in hooks:
             hook.remove()
 

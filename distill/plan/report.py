@@ -106,6 +106,9 @@ def step_flops(passes: Passes) -> dict[str, float]:
         found["derivative"] = count["derivative"] * passes.derivative.flops
     found["forward"] = count["training"] * forward
     found["backward"] = count["training"] * passes.training.flops - found["forward"]
+    if passes.shared_primal:  # what one pass computes is counted once, with the forward
+        found["derivative"] -= forward
+        found["backward"] -= found["derivative"]
     return found
 
 

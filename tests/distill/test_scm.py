@@ -193,6 +193,49 @@ def test_gradient_is_that_of_the_linearised_loss(make_teacher):
     torch.testing.assert_close(got, student.native.x_embedder.proj.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["SongUNet", "SiT"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_one_forward_pass_for_loss_and_derivative_gives_the_same_gradient(make_teacher, name, precision):
+    """With dropout, whose masks both passes share."""
+    teacher, student = make_teacher(name), make_teacher(name)
+    for p in student.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    dropout = next((m for m in student.modules() if hasattr(m, "dropout") and isinstance(m.dropout, float)), None)
+    if dropout is not None:
+        dropout.dropout = 0.3
+    student.train()
+    found = []
+    for shared in (False, True):
+        tangent = {"warmup_steps": 0, "shared_primal": shared}
+        objective = scm.Consistency(recipe(tangent=tangent, mixed_precision=precision), teacher)
+        passes = []
+        count = student.register_forward_hook(lambda *_: passes.append(1))  # noqa: B023
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            objective(student, student, X0, LABELS, 0, generator()).loss.backward()
+        count.remove()
+        assert len(passes) == (1 if shared else 2)
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        student.zero_grad()
+    error = (found[1] - found[0]).norm() / found[0].norm()
+    assert error < (1e-5 if precision == "no" else 2e-2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"segments": {}, "target_half_life_images": 1.0}, "needs Algorithm 1 as it is; remove segments"),
+        ({"target_half_life_images": 1.0}, "remove target_half_life_images"),
+        ({"discrete_steps": 64}, "remove discrete_steps"),
+        ({"activation_checkpointing": True}, "activation_checkpointing the reverse"),
+        ({"objective": "vsd", "vsd": {}}, "belongs to the consistency objectives"),
+    ],
+)
+def test_one_forward_pass_is_refused_where_two_are_needed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(tangent={"shared_primal": True}, **changes)
+
+
 def test_normalisation_conventions():
     g = torch.randn(3, 1, 8, 8)
     rms = g.square().mean((1, 2, 3)).sqrt().view(3, 1, 1, 1)
