@@ -1,0 +1,106 @@
+"""What a step of sCD costs in plain forward passes of the network, in CPU seconds of one run.
+
+    python benchmarks/forwards.py [--batch 4] [--blocks 7]
+
+The network is EDM's for CIFAR-10 (55.73M parameters) with random weights, in fp32; the step is Algorithm 1 by
+``recipes/cifar10.yaml`` on random images, with RAdam and three averages: with two forward passes of the student, and with
+one (``tangent.shared_primal``). Every block runs each once, in turn; printed are medians, and of ratios the medians over
+blocks. Six passes are the least that the first can cost if a derivative costs two and a backward pass two.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cost import Steps
+
+import teachers
+from distill import trigflow
+from distill.cpu import tune_cpu
+from distill.jvp import jvp
+from teachers.networks import build
+from teachers.released import released_config
+
+TEACHER = "edm-cifar10-32x32-uncond-vp"
+AVERAGES = [{"sigma_rel": width} for width in (0.05, 0.10, 0.25)]
+
+
+def random_teacher(folder: str) -> str:
+    """A model folder of the network with random weights in every layer, also in those that start at zero."""
+    torch.manual_seed(0)
+    config = released_config(TEACHER)
+    network = build(config["network"], config["network_config"])
+    teacher = teachers.wrap(network, teachers.EDM, config["sigma_data"], config["sample_shape"])
+    for p in teacher.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    teachers.save_pretrained(teacher, Path(folder, TEACHER), "teacher")
+    return str(Path(folder, TEACHER))
+
+
+def steps(teacher: str, batch: int, shared: bool, folder: str) -> Steps:
+    changes = {
+        "teacher": teacher, "train_batch_size": batch, "data": {"source": "teacher"},
+        "ema": AVERAGES, "tangent": {"shared_primal": shared}, "evaluation": {"validation_samples": 0},
+    }  # fmt: skip
+    return Steps("recipes/cifar10.yaml", changes, "distillation", folder)
+
+
+def parts(step: Steps) -> dict[str, Callable]:
+    """What a step is made of, each by itself."""
+    trainer = step.trainer
+    student, x0 = trainer.network, step.images
+    t = torch.linspace(0.1, 1.5, len(x0))
+    x_t = trigflow.perturb(x0, torch.randn_like(x0), t)
+    batches = lambda: (x_t, t)  # noqa: E731
+
+    def forward_and_backward():
+        student(*batches()).square().mean().backward()
+        student.zero_grad()
+
+    return {
+        "plain forward": lambda: torch.no_grad()(student)(*batches()),
+        "derivative": lambda: jvp(student, batches(), (torch.randn_like(x_t), torch.ones_like(t))),
+        "forward and backward": forward_and_backward,
+    }
+
+
+def cpu_seconds(call: Callable) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=7)
+    options = parser.parse_args()
+    tune_cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = random_teacher(folder)
+        two, one = (steps(teacher, options.batch, shared, f"{folder}/{shared}") for shared in (False, True))
+        calls = {**parts(two), "step, two passes": lambda: two(1), "step, one pass": lambda: one(1)}
+        seconds = {name: [] for name in calls}
+        for block in range(options.blocks + 1):
+            for name, call in calls.items():
+                spent = cpu_seconds(call)
+                if block > 0:  # the first one warms up
+                    seconds[name].append(spent)
+    forwards = seconds["plain forward"]
+    report = {
+        name: {
+            "CPU seconds": statistics.median(spent),
+            "plain forwards": statistics.median(b / a for a, b in zip(forwards, spent, strict=True)),
+        }
+        for name, spent in seconds.items()
+    }
+    print(json.dumps({**report, "batch": options.batch, "threads": torch.get_num_threads()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
