@@ -84,7 +84,7 @@ def check_launch(recipe: Recipe) -> None:
             f"multiple of {world}, or fewer processes"
         )
     if recipe.tangent.shared_primal and kind != "ddp":
-        raise ValueError(f"tangent.shared_primal does not go with distributed: {kind}, which derives by the bare network; use ddp")
+        raise ValueError(f"tangent.shared_primal does not go with distributed: {kind}; use ddp")
     if recipe.lora is not None and kind != "ddp":
         raise ValueError(f"lora does not go with distributed: {kind}, since teacher and student share weights; use ddp")
     if offloads(recipe) and (kind == "ddp" or world == 1):

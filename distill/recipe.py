@@ -103,7 +103,7 @@ class VSDConfig:
     fake_p_std: float = 1.6
     fake_updates: int = 1  # of the fake score before each of the student; DMD2 has 5
     fake_learning_rate: float | None = None  # null: that of the student; everything else is as in optimizer
-    steps: int | list[int] = 1  # in which the student draws the samples that are compared; of several, a random one each time
+    steps: int | list[int] = 1  # in which the student draws the samples that are compared; of several, one at random
 
     @property
     def step_counts(self) -> list[int]:

@@ -208,7 +208,7 @@ class Consistency:
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
     def tangent(self, network, batch: NoisyBatch, step: int, rng) -> tuple[Tensor, Tensor]:
-        """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``. With ``tangent.shared_primal`` the first keeps its graph, and is the
+        """Steps 2 to 4 of Algorithm 1: ``F^-`` and ``g``. With ``tangent.shared_primal`` the first keeps its graph, as the
         loss' own ``F``.
         """
         x0, z, x_t, t, t_next, *condition = batch

@@ -146,7 +146,8 @@ def fit_to_device(recipe: Recipe, pretrained: Teacher | None = None) -> Memory |
         if checkpointed:
             here = step_memory(passes, checkpointed)
         else:
-            activations = passes.peak(passes.student, passes.batch, forward_and_backward(passes.student, passes.shared_primal))
+            call = forward_and_backward(passes.student, passes.shared_primal)
+            activations = passes.peak(passes.student, passes.batch, call)
             here = Memory(state_bytes(recipe, networks), [Pass(0.0, activations / passes.batch)])
     except Exception:  # whatever is wrong, also in a user's network, is said better where it is loaded
         return None
