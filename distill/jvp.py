@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,21 +24,28 @@ class RNGState(NamedTuple):
 
 
 def jvp(
-    function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], keep_graph: bool = False
-) -> tuple[Tensor, Tensor]:
+    function: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], keep_graph: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``function(*primals)`` and its directional derivative along ``tangents``, both detached.
 
     With ``keep_graph`` the value keeps its graph for a backward pass; the graph of the derivative is built too, and dropped,
-    which is what this costs in memory.
+    which is what this costs in memory. With a ``backend`` of torch.compile the differentiation is compiled as a whole: of a
+    compiled network PyTorch would differentiate the original.
 
-    Without it ``function`` must call the bare network, not its DDP wrapper. Networks that call SDPA themselves get the one
-    kernel that forward mode differentiates; ours bring a tangent of less memory
-    (:func:`teachers.networks.layers.attend`). Gradient checkpointing is inert where nothing is recorded for a backward pass.
+    Without the graph ``function`` must call the bare network, not its DDP wrapper; gradient checkpointing is then inert.
+    Networks that call SDPA themselves get the one kernel that forward mode differentiates; ours bring a tangent of less
+    memory (:func:`teachers.networks.layers.attend`).
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph):
-        value, derivative = torch.func.jvp(function, primals, tangents)
+        value, derivative = (compiled_jvp(backend) if backend else torch.func.jvp)(function, primals, tangents)
     return value, derivative.detach()
+
+
+@cache
+def compiled_jvp(backend: str) -> Callable:
+    return torch.compile(lambda *arguments: torch.func.jvp(*arguments), backend=backend)
 
 
 def record_rng(device: torch.device) -> RNGState:

@@ -83,8 +83,9 @@ def check_launch(recipe: Recipe) -> None:
             f"train_batch_size {recipe.train_batch_size} cannot be shared out equally over {world} processes: use a "
             f"multiple of {world}, or fewer processes"
         )
-    if recipe.tangent.shared_primal and kind != "ddp":
-        raise ValueError(f"tangent.shared_primal does not go with distributed: {kind}; use ddp")
+    for key, used in (("tangent.shared_primal", recipe.tangent.shared_primal), ("compile", recipe.compile)):
+        if used and is_sharded(recipe):
+            raise ValueError(f"{key} does not go with distributed: {kind}; use ddp, or remove it")
     if recipe.lora is not None and kind != "ddp":
         raise ValueError(f"lora does not go with distributed: {kind}, since teacher and student share weights; use ddp")
     if offloads(recipe) and (kind == "ddp" or world == 1):

@@ -170,6 +170,7 @@ class Recipe:
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"  # no or bf16
     distributed: str | None = None  # several processes: ddp, fsdp or hsdp; null: what accelerate was configured for
+    compile: str | None = None  # a backend of torch.compile, as inductor, for the networks and the derivative
     activation_checkpointing: bool = False  # recompute each block in the backward pass in place of keeping its activations
     cpu_offload: bool = False  # fsdp and hsdp: weights, gradients, averages and optimizer in the memory of the CPU
     vsd: VSDConfig | None = None  # vsd, and distillation, to whose loss it is added
@@ -204,6 +205,7 @@ class Recipe:
 CHOICES = {
     "objective": OBJECTIVES,
     "mixed_precision": ("no", "bf16"),
+    "compile": (None, "inductor", "aot_eager"),
     "distributed": (None, "ddp", "fsdp", "hsdp"),
     "report_to": (None, "tensorboard", "wandb"),
     "tangent.normalization": ("rms", "l2", "clip", "none"),

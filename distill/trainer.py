@@ -195,6 +195,8 @@ class Trainer:
         self.network.train(recipe.dropout > 0 or (recipe.lora is not None and recipe.lora.dropout > 0))
         if uses_derivative(recipe):
             probe_jvp(self.network)
+        if recipe.compile is not None:
+            self.compile_networks()
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
         self.endpoint: EndpointError | None = None
@@ -205,6 +207,14 @@ class Trainer:
         self.stop_signal: signal.Signals | None = None  # that this process got
         self.agreed_signal: signal.Signals | None = None  # that any of several processes got, as all of them know
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
+
+    def compile_networks(self) -> None:
+        """In place, so that nothing else need know. Averages that only samples are drawn from stay as they are."""
+        torch._inductor.config.fallback_random = True  # dropout masks are replayed, so both graphs must draw alike
+        networks = [self.network, self.teacher, self.velocity_teacher]
+        networks += [holder.network for holder in (self.fake, self.target) if holder is not None]
+        for network in filter(None, networks):
+            network.compile(backend=self.recipe.compile)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -286,7 +286,7 @@ class Consistency:
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
         with autocast(self.recipe, x_t.device):
             call = lambda x, time: network(x, time, labels, guidance)  # noqa: E731
-            F, dF = jvp(call, (x_t, t), tangents, self.recipe.tangent.shared_primal)
+            F, dF = jvp(call, (x_t, t), tangents, self.recipe.tangent.shared_primal, self.recipe.compile)
         F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)
         if not self.recipe.tangent.rearrangement:
             dF = trigflow.expand(cos_sin, x_t) * dF

@@ -70,6 +70,24 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
 
 
+def test_a_compiled_run_is_the_same_run(world):
+    """In particular the derivative, which is easily lost: of a compiled network PyTorch differentiates the original, and a
+    tangent that a network makes itself may be dropped in compiled code.
+    """
+    _, values = world
+    values |= {"max_train_steps": 3, "checkpointing_steps": 10, "gradient_accumulation_steps": 1}
+    values |= {"tangent": {"warmup_steps": 0}}
+    plain = run(values)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(values, compile="aot_eager", output_dir=values["output_dir"] + "-compiled")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 3 and not counters["graph_break"]  # teacher, derivative, the loss' forward
+    before = torch.cat([p.flatten() for p in plain.teacher.parameters()])
+    moved, expected = (torch.cat([p.detach().flatten() for p in t.network.parameters()]) - before for t in (compiled, plain))
+    assert (moved - expected).norm() / expected.norm() < 1e-3
+
+
 SEGMENTS = {"segments": {"everywhere_share": 0.6, "below": 0.5}, "target_half_life_images": 30.0}
 
 
