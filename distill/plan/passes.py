@@ -165,7 +165,7 @@ class Passes:
         """The student's forward and backward pass. Gradients of weights are left out, which are counted with the weights."""
         call = forward_and_backward(self.student, self.shared_primal)
         flops, _ = self.run(self.student, self.batch, call)  # the counter keeps some tensors
-        return self.with_gradients(self.student, flops / self.batch)
+        return self.with_gradients(self.student, flops / self.batch, call)
 
     @cached_property
     def checkpointed_training(self) -> Pass:
@@ -176,10 +176,10 @@ class Passes:
             student = hollow(self.student, "cpu")
         for block in blocks(student.native):
             block.forward = Recomputed(block.forward)
-        return self.with_gradients(student, self.training.flops + self.student_evaluation.flops)
+        flops = self.training.flops + self.student_evaluation.flops
+        return self.with_gradients(student, flops, forward_and_backward(student))
 
-    def with_gradients(self, student: Teacher, flops: float) -> Pass:
-        call = forward_and_backward(student, self.shared_primal)
+    def with_gradients(self, student: Teacher, flops: float, call: Callable) -> Pass:
         once, twice = (self.peak(student, batch, call) for batch in (self.batch, 2 * self.batch))
         return Pass(flops, (twice - once) / self.batch, 2 * once - twice)
 

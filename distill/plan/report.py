@@ -84,7 +84,8 @@ def passes_per_image(recipe: Recipe) -> dict[str, float]:
     elif recipe.objective != "vsd":
         on_segments = segment_share(recipe)
         count["training"] += 1
-        count["derivative"] += (1 - on_segments) * uses_derivative(recipe)
+        if not recipe.tangent.shared_primal:
+            count["derivative"] += (1 - on_segments) * uses_derivative(recipe)
         count["evaluation"] += on_segments + 2 * (recipe.discrete_steps is not None)
         if recipe.objective == "distillation":
             count["teacher"] += 1 - on_segments + on_segments * (recipe.segments.solver_steps if recipe.segments else 0)
@@ -106,8 +107,8 @@ def step_flops(passes: Passes) -> dict[str, float]:
         found["derivative"] = count["derivative"] * passes.derivative.flops
     found["forward"] = count["training"] * forward
     found["backward"] = count["training"] * passes.training.flops - found["forward"]
-    if passes.shared_primal:  # what one pass computes is counted once, with the forward
-        found["derivative"] -= forward
+    if passes.shared_primal:  # the forward of the loss has a tangent
+        found["derivative"] = passes.derivative.flops - forward
         found["backward"] -= found["derivative"]
     return found
 

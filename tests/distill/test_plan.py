@@ -18,7 +18,7 @@ from distill.optimizer import build_optimizer
 from distill.plan.memory import Memory, option, step_memory
 from distill.plan.networks import Networks, planned_networks
 from distill.plan.passes import LiveMemory, Pass, Passes, blocks
-from distill.plan.report import passes_per_image, sampling_costs, segment_share, table
+from distill.plan.report import passes_per_image, sampling_costs, segment_share, step_flops, table
 from distill.recipe import load_recipe, parse_recipe
 from teachers.released import released_config
 
@@ -31,6 +31,9 @@ BASE = dict(
 
 def recipe(**changes):
     return parse_recipe({**BASE, **changes}, "test")
+
+
+SHARED = {"tangent": {"shared_primal": True}}
 
 
 @pytest.fixture(scope="module", params=["mnist-edm", "mnist-flow"])
@@ -52,9 +55,8 @@ def test_flops_are_those_of_real_tensors(bundled):
     assert passes.student_evaluation.flops == pytest.approx(passes.training.flops / 3, rel=0.02)
 
 
-def test_memory_is_that_of_real_steps(bundled):
+def memory_of_real_steps(r, teacher) -> int:
     """What torch allocates in two steps of distillation, inside of kernels too, with all weights that are there before."""
-    r, passes, teacher = bundled
     student = teacher.student()
     averages = [EMA(student, e.half_life_images, e.sigma_rel) for e in r.ema]
     optimizer, objective = build_optimizer(r.optimizer, list(student.parameters())), build_objective(r, teacher)
@@ -70,7 +72,22 @@ def test_memory_is_that_of_real_steps(bundled):
         live += event.nbytes()
         peak = max(peak, live)
     weights = sum(p.nbytes for module in (teacher, student, *(ema.network for ema in averages)) for p in module.parameters())
-    assert step_memory(passes).total(BATCH) == pytest.approx(weights + peak, rel=0.15)
+    return weights + peak
+
+
+def test_memory_is_that_of_real_steps(bundled):
+    r, passes, teacher = bundled
+    assert step_memory(passes).total(BATCH) == pytest.approx(memory_of_real_steps(r, teacher), rel=0.15)
+
+
+def test_one_pass_for_loss_and_derivative_saves_a_forward_pass_and_takes_memory(bundled):
+    r, passes, teacher = bundled
+    shared = load_recipe("mnist-tangent.yaml", {**SHARED, "teacher": r.teacher, "train_batch_size": BATCH})
+    one = Passes(shared, planned_networks(shared), gpu=False)
+    flops, fewer = (sum(step_flops(p).values()) for p in (passes, one))
+    assert flops - fewer == pytest.approx(passes.student_evaluation.flops, rel=0.05)
+    assert step_memory(one).total(BATCH) == pytest.approx(memory_of_real_steps(shared, teacher), rel=0.15)
+    assert step_memory(one).total(BATCH) > 1.5 * step_memory(passes).total(BATCH)
 
 
 def test_memory_is_linear_in_the_batch_and_smaller_with_checkpointing(make_teacher):
@@ -114,7 +131,7 @@ class Calls:
     [
         {}, {"objective": "training"}, {"discrete_steps": 8}, {"guidance_scale": 2.0},
         {"segments": {"everywhere_share": 1.0, "solver_steps": 3}, "target_half_life_images": 100},
-        {"objective": "vsd", "vsd": {"fake_updates": 2}},
+        {"objective": "vsd", "vsd": {"fake_updates": 2}}, SHARED,
     ],
 )  # fmt: skip
 def test_passes_are_those_that_a_step_makes(make_teacher, changes):
