@@ -30,9 +30,10 @@ def jvp(
     With ``keep_graph`` the value keeps its graph for a backward pass; the graph of the derivative is built too, and dropped,
     which is what this costs in memory.
 
-    Without it ``function`` must call the bare network, not its DDP wrapper. Networks that call SDPA themselves get the one
-    kernel that forward mode differentiates; ours bring a tangent of less memory
-    (:func:`teachers.networks.layers.attend`). Gradient checkpointing is inert where nothing is recorded for a backward pass.
+    ``function`` must call the bare network, not its DDP wrapper, which makes buckets for gradients as it is called: inside
+    ``torch.func.jvp`` these would have no memory. Networks that call SDPA themselves get the one kernel that forward mode
+    differentiates; ours bring a tangent of less memory (:func:`teachers.networks.layers.attend`). Gradient checkpointing is
+    inert where nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph):
