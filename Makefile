@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # accelerate gives each process one CPU thread unless told otherwise.
 THREADS ?= $(shell nproc)
 
-.PHONY: setup demo report test test-processes lint clean
+.PHONY: setup demo report test lint clean
 
 setup: $(STAMP)
 
@@ -30,10 +30,6 @@ report: setup
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
-
-# DDP and FSDP2 against one process. Not part of make test: on a busy machine they were seen to hang.
-test-processes: setup
-	TEST_PROCESSES=1 $(VENV)/bin/python -m pytest -q tests/distill/test_parallel.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

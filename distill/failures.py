@@ -53,7 +53,12 @@ def report_error(message: str, watch: Watch | None) -> int:
 
 def report_crash(error: Exception, watch: Watch) -> int:
     """As :func:`report_error`, for what is no user's mistake: with a traceback, unless a lost connection says all."""
-    where = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, RuntimeError) and "distributed" in where.replace(os.sep, "/").split("/"):
+    if is_lost_connection(error):
         return report_error("the connection to another process of this run was lost", watch)
     return report_error("".join(traceback.format_exception(error)), watch)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an error comes from ``torch.distributed`` or, since DDP reduces inside of autograd, from gloo's sockets."""
+    where = traceback.extract_tb(error.__traceback__)[-1].filename.replace(os.sep, "/")
+    return isinstance(error, RuntimeError) and ("distributed" in where.split("/") or "gloo/transport" in str(error))

@@ -33,9 +33,10 @@ def jvp(
     which is what this costs in memory. With a ``backend`` of torch.compile the differentiation is compiled as a whole: of a
     compiled network PyTorch would differentiate the original.
 
-    Without the graph ``function`` must call the bare network, not its DDP wrapper; gradient checkpointing is then inert.
-    Networks that call SDPA themselves get the one kernel that forward mode differentiates; ours bring a tangent of less
-    memory (:func:`teachers.networks.layers.attend`).
+    ``function`` must call the bare network, not its DDP wrapper, which makes buckets for gradients as it is called: inside
+    ``torch.func.jvp`` these would have no memory. Networks that call SDPA themselves get the one kernel that forward mode
+    differentiates; ours bring a tangent of less memory (:func:`teachers.networks.layers.attend`). Gradient checkpointing is
+    inert where nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph):

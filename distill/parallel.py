@@ -83,9 +83,13 @@ def check_launch(recipe: Recipe) -> None:
             f"train_batch_size {recipe.train_batch_size} cannot be shared out equally over {world} processes: use a "
             f"multiple of {world}, or fewer processes"
         )
-    for key, used in (("tangent.shared_primal", recipe.tangent.shared_primal), ("compile", recipe.compile)):
-        if used and is_sharded(recipe):
-            raise ValueError(f"{key} does not go with distributed: {kind}; use ddp, or remove it")
+    if recipe.tangent.shared_primal and world > 1:
+        raise ValueError(
+            f"tangent.shared_primal needs one process, got {world}: torch.func.jvp cannot pass the forward of DDP or FSDP2; "
+            "remove it"
+        )
+    if recipe.compile is not None and is_sharded(recipe):
+        raise ValueError(f"compile does not go with distributed: {kind}; use ddp, or remove it")
     if recipe.lora is not None and kind != "ddp":
         raise ValueError(f"lora does not go with distributed: {kind}, since teacher and student share weights; use ddp")
     if offloads(recipe) and (kind == "ddp" or world == 1):

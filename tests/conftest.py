@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Server
 
 import teachers
 from teachers.networks import NETWORKS, build
@@ -59,6 +60,21 @@ def digits(tmp_path_factory) -> str:
     for split, num in (("train", 1500), ("test", 500)):
         Dataset.from_parquet(str(MNIST / f"{split}.parquet")).select(range(num)).to_parquet(folder / f"{split}.parquet")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(fork_server) -> Server:
+    """Starts processes, of which none outlives the test."""
+    yield fork_server
+    if fork_server.running:
+        fork_server.close()
 
 
 @pytest.fixture

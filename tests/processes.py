@@ -1,114 +1,130 @@
-"""Training by several processes of this machine, for tests: gloo on CPUs. They are forked from a server that has imported
-everything, so that each costs a fraction of a second.
+"""Several processes of this machine, for tests, as torchrun would start them: gloo on CPUs. No wait for one is without
+limit, and none outlives its test.
 """
 
-import multiprocessing
+import json
 import os
-import socket
+import select
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.distributed.fsdp  # noqa: F401 (the server imports what its processes would)
+import torch.distributed as dist
 
-from distill import failures
-from distill.data import training_data, training_loader
-from distill.log import Window
-from distill.parallel import whole, whole_state
-from distill.recipe import parse_recipe
-from distill.run import main
-from distill.trainer import Trainer
+ROOT = Path(__file__).parents[1]
+LIMIT = 120.0  # seconds that processes may take
+GRACE = 30.0  # seconds in which the others end when one has failed
 
 
-def launch(world: int, output: Path, function: Callable, *args, timeout: float = 500, **environment: str) -> list[int]:
-    """Call ``function(*args)``, one of a module that can be imported, in ``world`` processes as torchrun would start them;
-    returns their exit codes. What they print goes to the file ``output``, in the order in which they print it.
+class Server:
+    """``tests/fork_server.py``, which has imported everything, so that a process that it forks costs a fraction of a second.
+    It is started when it is needed, and again if it was killed.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    processes = [
-        server.Process(target=start, args=({**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output, function, args))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-    return [process.exitcode for process in processes]
 
+    def __init__(self):
+        self.server: subprocess.Popen | None = None
+        self.running: set[int] = set()
 
-def start(environment: dict[str, str], output: Path, function: Callable, args: tuple) -> None:
-    os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(file, 1), os.dup2(file, 2)
-    torch.set_num_threads(1)
-    function(*args)
+    def start(self, function: str, *arguments, output: Path, **options) -> int:
+        """Call ``module:function(*arguments)`` in a new process; its process id. What it prints is added to ``output``.
 
+        Args:
+            options: the ``environment`` it gets in addition, and the largest ``file_size`` it may write.
+        """
+        if self.server is None or self.server.poll() is not None:
+            self.start_server()
+        pid = int(self.ask({"function": function, "arguments": arguments, "output": str(output), **options}))
+        self.running.add(pid)
+        return pid
 
-def train_all(cases: dict[str, tuple[dict, int]], folder: Path) -> None:
-    """Every case's :func:`train`, one after the other; the main process writes what they return."""
-    for name, (values, steps) in cases.items():
-        result = train(values, steps)
-        if int(os.environ.get("RANK", 0)) == 0:
-            torch.save(result, folder / f"{name}.pt")
+    def start_server(self) -> None:
+        command = [sys.executable, str(ROOT / "tests/fork_server.py")]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+        self.server = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+        )
+        assert self.answer() == "ready"
 
+    def ask(self, job: dict) -> str:
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        return self.answer()
 
-def train(values: dict, steps: int) -> dict[str, dict]:
-    """The gradients of a recipe's first step, all weights after some ``steps``, each in one piece, and what was logged."""
-    trainer = Trainer(parse_recipe(values, "test"))
-    gradients, original = {}, trainer.optimizer_step
+    def answer(self) -> str:
+        if not select.select([self.server.stdout], [], [], LIMIT)[0]:
+            self.close()
+            raise TimeoutError(f"the fork server did not answer in {LIMIT:g} s")
+        return self.server.stdout.readline().rstrip("\n")
 
-    def optimizer_step(optimizer, loss):
-        if trainer.step == 0 and optimizer is trainer.optimizer:
-            named = trainer.network.named_parameters()
-            gradients.update({name: whole(p.grad).clone() for name, p in named if p.grad is not None})
-        return original(optimizer, loss)
+    def end(self, pids: list[int], output: Path, limit: float = LIMIT) -> list[int]:
+        """Wait for processes; their exit statuses (negative: of a signal).
 
-    trainer.optimizer_step = optimizer_step
-    data = training_data(trainer.recipe, trainer.teacher, Path(trainer.output_dir) / "cache")
-    batches, window = iter(training_loader(data, trainer.sampler(len(data)), 0)), Window()
-    for _ in range(steps):
-        trainer.train_step(batches, window)
-    states = {name: whole_state(module) for name, module in trainer.modules().items()}
-    whole_networks = [trainer.placement.gathered(network) for network in (trainer.teacher, trainer.student)]
-    outputs = []
-    if trainer.accelerator.is_main_process:
-        point = torch.linspace(-1, 1, 128).view(2, 1, 8, 8), torch.tensor([0.4, 1.2]), torch.tensor([0, 2])
-        outputs = [network(*point).detach() for network in whole_networks]
-    return {
-        "gradients": gradients, "states": states, "logs": window.means(trainer.placement.mean), "outputs": outputs
-    }  # fmt: skip
+        Raises:
+            TimeoutError: some are still there after ``limit`` seconds, or ``GRACE`` after one has failed. They are killed,
+                and the message has what they printed and the stacks of their threads.
+        """
+        statuses: dict[int, int] = {}
+        start, limits = time.monotonic(), [limit]
+        files = {os.pidfd_open(pid): pid for pid in pids}
+        try:
+            while len(statuses) < len(pids):
+                left = start + min(limits) - time.monotonic()
+                running = [file for file, pid in files.items() if pid not in statuses]
+                ended = select.select(running, [], [], max(left, 0))[0]
+                if not ended:
+                    self.give_up([files[file] for file in running], output, min(limits))
+                for file in ended:
+                    statuses[files[file]] = status = self.status(files[file])
+                    if status != 0:
+                        limits.append(time.monotonic() - start + GRACE)
+        finally:
+            for file in files:
+                os.close(file)
+        return [statuses[pid] for pid in pids]
 
+    def status(self, pid: int) -> int:
+        """Of a process that has ended."""
+        status = int(self.ask({"end": pid}))
+        self.running.discard(pid)
+        return status
 
-def run_recipe(*commands: list[str]) -> None:
-    """``distill/run.py`` with each of these arguments, one after the other."""
-    for arguments in commands:
-        code = main(arguments)
-        if code:
-            raise SystemExit(code)
+    def give_up(self, pids: list[int], output: Path, limit: float) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)  # it writes the stacks of its threads
+            time.sleep(1)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            self.status(pid)
+        raise TimeoutError(f"{len(pids)} processes did not end in {limit:.0f} s:\n{output.read_text()}")
 
+    def close(self) -> None:
+        """Kill the server and all that it has forked."""
+        if self.server is None:
+            return
+        if self.server.poll() is None:
+            os.killpg(self.server.pid, signal.SIGKILL)
+            self.server.wait(LIMIT)
+        self.server.stdin.close(), self.server.stdout.close()
+        self.server = None
+        self.running.clear()
 
-def fail(arguments: list[str], stuck: bool) -> None:
-    """``distill/run.py``, where an image of process 1 turns out to be bad in the second step. Process 0 waits for it in a
-    reduction over both or, ``stuck``, as if it waited on a device.
-    """
-    failures.GRACE = 1.0
-    original = Trainer.train_step
+    def launch(self, world: int, function: str, *arguments, output: Path, limit: float = LIMIT, **environment) -> list[int]:
+        """Call a function in ``world`` processes that are connected; their exit statuses. What they print goes to the file
+        ``output``, in the order in which they print it.
+        """
+        pids, _store = self.start_all(world, function, *arguments, output=output, **environment)
+        return self.end(pids, output, limit)
 
-    def train_step(self, *args):
-        if self.step == 1 and self.accelerator.process_index == 1:
-            raise ValueError("image 7 is damaged")
-        if self.step == 1 and stuck:
-            time.sleep(1000)
-        original(self, *args)
-
-    Trainer.train_step = train_step
-    raise SystemExit(main(arguments))
+    def start_all(self, world: int, function: str, *arguments, output: Path, **environment) -> tuple[list[int], dist.Store]:
+        """As :meth:`launch`, but without waiting: process ids, and the store to be kept until they have ended."""
+        # The store is here, as with torchrun in the launcher: a port that is found free for one of the processes to take
+        # could be another's by then, and the others would wait for half an hour.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {
+            "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", **environment,
+        }  # fmt: skip
+        output.unlink(missing_ok=True)
+        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+        return [self.start(function, *arguments, output=output, environment=rank) for rank in ranks], store

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
+from processes import Server
 
 from distill.checkpoint import checkpoints
 
-ROOT = Path(__file__).parents[2]
 STEPS = 8
 SIT = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2, learn_sigma=False)
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by Linux's means")
@@ -29,51 +28,47 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches process
 class Runs:
     """Runs of one recipe, one at a time, in processes of their own."""
 
-    def __init__(self, folder: Path, recipe: dict):
-        self.recipe, self.output = folder / "recipe.yaml", folder / "output.txt"
+    def __init__(self, server: Server, folder: Path, recipe: dict):
+        self.server, self.recipe, self.output = server, folder / "recipe.yaml", folder / "output.txt"
         self.recipe.write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, str(ROOT / "tests/fork_server.py")]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-        self.server = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.server.stdout.readline() == "ready\n"
+
+    def arguments(self, run: Path, *overrides: str) -> list[str]:
+        return [str(self.recipe), f"output_dir={run}", "resume_from_checkpoint=latest", *overrides]
 
     def start(self, run: Path, *overrides: str, file_size: int | None = None) -> int:
         """Begin a run that goes on in the folder ``run``; its process id."""
         self.output.unlink(missing_ok=True)
-        arguments = [str(self.recipe), f"output_dir={run}", "resume_from_checkpoint=latest", *overrides]
-        job = {"arguments": arguments, "output": str(self.output), "file_size": file_size}
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline())
+        arguments = self.arguments(run, *overrides)
+        self.pid = self.server.start("distill.run:main", arguments, output=self.output, file_size=file_size)
+        return self.pid
 
     def end(self) -> tuple[int, str]:
         """Wait for it; exit status and what it has printed."""
-        print(file=self.server.stdin, flush=True)
-        return int(self.server.stdout.readline()), self.output.read_text() if self.output.exists() else ""
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
+        [status] = self.server.end([self.pid], self.output)
+        return status, self.output.read_text() if self.output.exists() else ""
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
+def images(tmp_path_factory):
+    path = tmp_path_factory.mktemp("faults") / "train.parquet"
     generator = torch.Generator().manual_seed(0)
     pixels = (torch.randn(64, 4, 4, generator=generator) * 68 + 127).clamp(0, 255).byte().numpy()
     features = Features({"image": Image(), "label": Value("int64")})
-    rows = Dataset.from_dict({"image": list(pixels), "label": [i % 2 for i in range(64)]}, features=features)
-    rows.to_parquet(folder / "train.parquet")
+    Dataset.from_dict({"image": list(pixels), "label": [i % 2 for i in range(64)]}, features=features).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def runs(server, images, tmp_path):
     recipe = dict(
         objective="diffusion", network={"name": "SiT", "config": SIT, "parameterization": "RECTIFIED_FLOW"},
         output_dir="given at each run", sigma_data=0.5, sample_shape=[1, 4, 4], num_classes=2, label_dropout=0.2,
-        data={"source": str(folder / "train.parquet")}, max_train_steps=STEPS, train_batch_size=4,
+        data={"source": str(images)}, max_train_steps=STEPS, train_batch_size=4,
         checkpointing_steps=1, logging_steps=1, validation_steps=100, optimizer={"learning_rate": 1e-2},
         ema=[{"half_life_images": 20}],
         evaluation={"features": "pixels", "num_samples": 50, "teacher_steps": 1, "validation_samples": 0},
     )  # fmt: skip
-    runs = Runs(folder, recipe)
-    yield runs
-    runs.close()
+    return Runs(server, tmp_path, recipe)
 
 
 # ---- what goes wrong: each starts a run, disturbs it, and says whether it was in time ------------------------------------
@@ -171,8 +166,8 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def results(run):
-    files = [run / f"checkpoint-{STEPS}" / f"{name}.safetensors" for name in ("network", "ema-0", "weighting")]
+def results(run, steps=STEPS):
+    files = [run / f"checkpoint-{steps}" / f"{name}.safetensors" for name in ("network", "ema-0", "weighting")]
     return [digest(path) for path in [*files, run / "student/model.safetensors"]]
 
 
@@ -225,3 +220,31 @@ def test_a_signal_writes_a_checkpoint_and_exits_cleanly(runs, tmp_path, number, 
     assert f"stopped by {number.name} at step" in output
     assert "continue with resume_from_checkpoint=latest" in output and "Traceback" not in output
     assert not [path for path in (tmp_path / "run").rglob(".*")]
+
+
+def test_two_processes_survive_the_death_of_one(runs, server, tmp_path):
+    rng, steps, output = random.Random(0), 30, tmp_path / "output.txt"
+
+    def job(run):
+        return 2, "distill.run:main", runs.arguments(run, f"max_train_steps={steps}")
+
+    def complete(run):
+        assert server.launch(*job(run), output=output) == [0, 0], output.read_text()
+        return results(run, steps)
+
+    undisturbed = complete(tmp_path / "undisturbed")
+    for rank in (0, 1):
+        run = tmp_path / f"run-{rank}"
+        pids, _store = server.start_all(*job(run), output=output)
+        after = rng.randrange(1, 10)
+        while not (run / f"checkpoint-{after}").exists():
+            assert all(map(is_running, pids)), output.read_text()
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)  # in a step, or in a checkpoint
+        os.kill(pids[rank], signal.SIGKILL)
+        statuses = server.end(pids, output, limit=30)
+        assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, output.read_text()
+        text = output.read_text()
+        assert text.count("error:") == 1 and "the connection to another process of this run was lost" in text, text
+        assert complete(run) == undisturbed
+        assert "resumed from" in output.read_text()

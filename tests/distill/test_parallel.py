@@ -1,6 +1,7 @@
 """Several processes train exactly as one does: DDP, FSDP2 and HSDP, by the trainer itself, on CPUs."""
 
-import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from conftest import small_teacher
 from datasets import Dataset, Features, Image, Value
-from processes import fail, launch, run_recipe, train, train_all
+from parallel_runs import train
 from safetensors.torch import load_file
 from support import DIT, UNET2D
 
@@ -21,7 +22,7 @@ from distill.run import main
 from distill.trainer import Trainer
 from teachers.networks import build
 
-STEPS = 10
+STEPS = 4
 OBJECTIVES = {
     "sCD": {},
     "sCT": {"objective": "training"},
@@ -38,15 +39,15 @@ EVERYTHING = {
 
 
 several_processes = pytest.mark.skipif(
-    os.environ.get("TEST_PROCESSES") != "1", reason="several processes may hang on a busy machine: make test-processes"
+    sys.platform != "linux", reason="forks processes, and watches them by Linux's means"
 )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    for kind in ("SiT", "EDM2UNet", "SongUNet"):
-        teachers.save_pretrained(small_teacher(kind), folder / kind, "teacher")
+    for kind, smaller in (("SiT", {}), ("EDM2UNet", {"channel_mult": [1]}), ("SongUNet", {"channel_mult": [1]})):
+        teachers.save_pretrained(small_teacher(kind, **smaller), folder / kind, "teacher")
     torch.manual_seed(0)
     dit = build("DiffusersDiT", {"config": {**DIT, "in_channels": 1, "out_channels": 2, "num_embeds_ada_norm": 3}})
     teachers.save_pretrained(teachers.wrap(dit, teachers.RECTIFIED_FLOW, 0.5, (1, 8, 8), 3), folder / "DiT", "teacher")
@@ -67,11 +68,11 @@ def recipe(folder, **changes):
     ) | changes  # fmt: skip
 
 
-def exact(folder, cases, world, **environment):
+def exact(server, folder, cases, world, **environment):
     """Train every case by ``world`` processes, and compare with one process."""
-    output, jobs = folder / f"output-{world}.txt", {name: (values, STEPS) for name, values in cases.items()}
-    codes = launch(world, output, train_all, jobs, folder, **environment)
-    assert codes == [0] * world, output.read_text()
+    output = folder / f"{next(iter(cases))}.txt"
+    statuses = server.launch(world, "parallel_runs:train_all", cases, STEPS, str(folder), output=output, **environment)
+    assert statuses == [0] * world, output.read_text()
     for name, values in cases.items():
         alone = {**values, "distributed": None, "activation_checkpointing": False}
         if repr(alone) not in REFERENCES:
@@ -100,28 +101,30 @@ def check_same(found, expected, name, tolerance=1e-5):
 
 
 @several_processes
-def test_two_processes_train_as_one(folder):
+@pytest.mark.parametrize("kind, halves", [("ddp", ({}, BOTH, {}, BOTH)), ("fsdp", (BOTH, {}, BOTH, {}))])
+def test_two_processes_train_as_one(server, folder, kind, halves):
     # Every objective by both techniques, each of them with checkpointing and accumulation and without.
-    halves = [({}, BOTH), (BOTH, {}), ({}, BOTH), (BOTH, {})]
-    cases = {
-        f"{name} {kind}": recipe(folder, **changes, **extra, distributed=kind)
-        for (name, changes), half in zip(OBJECTIVES.items(), halves, strict=True)
-        for kind, extra in zip(("ddp", "fsdp"), half, strict=True)
-    }
-    cases["everything fsdp"] = recipe(folder, **EVERYTHING, distributed="fsdp")
-    # The blocks of a network of diffusers are gathered in bf16. A time in bf16 would make the gradient quite another one.
-    cases["bf16 fsdp"] = recipe(folder, teacher="DiT", mixed_precision="bf16", distributed="fsdp", **BOTH)
-    exact(folder, cases, 2)
+    named = zip(OBJECTIVES.items(), halves, strict=True)
+    cases = {f"{name} {kind}": recipe(folder, **changes, **half, distributed=kind) for (name, changes), half in named}
+    exact(server, folder, cases, 2)
 
 
 @several_processes
-def test_four_processes_train_as_one(folder):
+def test_two_processes_train_everything_in_shards(server, folder):
+    cases = {"everything fsdp": recipe(folder, **EVERYTHING, distributed="fsdp")}
+    # The blocks of a network of diffusers are gathered in bf16. A time in bf16 would make the gradient quite another one.
+    cases["bf16 fsdp"] = recipe(folder, teacher="DiT", mixed_precision="bf16", distributed="fsdp", **BOTH)
+    exact(server, folder, cases, 2)
+
+
+@several_processes
+def test_four_processes_train_as_one(server, folder):
     cases = {
         "sCD ddp 4": recipe(folder, **BOTH, distributed="ddp"),
         "sCT fsdp 4": recipe(folder, **OBJECTIVES["sCT"], distributed="fsdp"),
         "VSD hsdp 4": recipe(folder, **OBJECTIVES["VSD"], distributed="hsdp"),
     }
-    exact(folder, cases, 4, LOCAL_WORLD_SIZE="2")
+    exact(server, folder, cases, 4, LOCAL_WORLD_SIZE="2")
 
 
 def test_every_image_is_drawn_once_by_some_process():
@@ -192,7 +195,7 @@ def test_checkpointing_keeps_less_than_half_of_the_activations():
 
 
 @several_processes
-def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
+def test_a_run_in_shards_is_resumed_by_any_number_of_processes(server, folder, capsys):
     """Two processes train, validate, save, evaluate and go on; one process goes on from their checkpoint. EDM2's parameters
     without dimensions are vectors in shards.
     """
@@ -201,11 +204,12 @@ def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
         optimizer={"name": "adam"}, max_train_steps=6, checkpointing_steps=2, validation_steps=4, logging_steps=1,
         evaluation={"num_samples": 50, "teacher_steps": 1, "features": "pixels", "validation_samples": 0},
     )  # fmt: skip
-    file, here = folder / "recipe.yaml", f"output_dir={folder / 'shards'}"
+    file, output, here = folder / "recipe.yaml", folder / "output.txt", f"output_dir={folder / 'shards'}"
     file.write_text(yaml.safe_dump(values))
     first = [str(file), here, "distributed=fsdp", "max_train_steps=4"]
     second = [str(file), here, "distributed=fsdp", "resume_from_checkpoint=latest"]
-    assert launch(2, folder / "output.txt", run_recipe, first, second) == [0, 0], (folder / "output.txt").read_text()
+    for arguments in (first, second):
+        assert server.launch(2, "distill.run:main", arguments, output=output) == [0, 0], output.read_text()
     assert main([str(file), f"output_dir={folder / 'alone'}"]) == 0
     names = [f"checkpoint-{file}" for file in ("4/network", "6/network", "6/ema-0", "6/weighting")]
     for name in (*names, "student/model"):
@@ -224,13 +228,22 @@ def test_a_run_in_shards_is_resumed_by_any_number_of_processes(folder, capsys):
 
 @several_processes
 @pytest.mark.parametrize("stuck", [False, True])
-def test_one_failure_ends_all_processes_with_one_error(folder, stuck):
+def test_one_failure_ends_all_processes_with_one_error(server, folder, stuck):
     file, output = folder / f"fail-{stuck}.yaml", folder / f"fail-{stuck}.txt"
     values = recipe(folder, objective="diffusion", label_dropout=0.0, output_dir=str(folder / "fails"))
     file.write_text(yaml.safe_dump(values))
-    assert launch(2, output, fail, [str(file)], stuck) == [1, 1]
+    assert server.launch(2, "parallel_runs:fail", [str(file)], stuck, output=output) == [1, 1]
     text = output.read_text()
     assert text.count("error:") == 1 and "process 1: error: image 7 is damaged" in text and "Traceback" not in text
+
+
+@several_processes
+def test_stuck_processes_are_killed_and_show_where_they_were(server, tmp_path):
+    pids, _store = server.start_all(2, "time:sleep", 1000, output=tmp_path / "output.txt")
+    with pytest.raises(TimeoutError, match="2 processes did not end in 1 s") as raised:
+        server.end(pids, tmp_path / "output.txt", limit=1)
+    assert str(raised.value).count("most recent call first") == 2 and "fork_server.py" in str(raised.value)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +254,7 @@ def test_one_failure_ends_all_processes_with_one_error(folder, stuck):
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported"),
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "set fsdp_version to 2 in accelerate config"),
         ({"WORLD_SIZE": "2"}, {"distributed": "fsdp", "lora": {}}, "lora does not go with distributed: fsdp"),
+        ({"WORLD_SIZE": "2"}, {"tangent": {"shared_primal": True}}, "tangent.shared_primal needs one process, got 2: "),
         ({"WORLD_SIZE": "2"}, {"cpu_offload": True}, "cpu_offload needs distributed: fsdp or hsdp"),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, {"distributed": "hsdp"}, "the same number of processes on every"),
         ({"ACCELERATE_TORCH_DEVICE": "abacus"}, {}, "the accelerator abacus cannot be used .*on CPUs: ACCELERATE_USE_CPU=1"),
