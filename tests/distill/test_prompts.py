@@ -548,7 +548,7 @@ def test_what_cannot_be_decoded_or_scored(latent_model):
     with pytest.raises(ValueError, match="the samples of this model are images already"):
         distill.from_pretrained("mnist-edm-scm").sample(2, 1, vae=latent_model / "vae")
     with pytest.raises(ValueError, match="is an autoencoder of 4 latent channels, but the model's samples have 16"):
-        Decoder(latent_model / "vae", "vae", 16)
+        Decoder(latent_model / "vae", "vae", (16, 4, 4))
 
 
 def test_whether_samples_are_latents_is_kept(make_teacher, tmp_path):
