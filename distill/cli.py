@@ -229,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = add_verb(nested, "latents", precompute_latents, example)
     p.add_argument("data", metavar="DATA", help="a data source, as data.source of a recipe")
     p.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="becomes data.source of a recipe")
-    p.add_argument("--vae", required=True, metavar="FOLDER", help="a diffusers AutoencoderKL, or hf://owner/name of one")
+    p.add_argument("--vae", required=True, metavar="FOLDER", help="an autoencoder of diffusers, or hf://owner/name of one")
     p.add_argument("--normalization", required=True, metavar="NAME", help="edm2, scm, sd, or vae: what its config says")
     p.add_argument("--batch-size", type=int, default=16, help="images encoded at once (16)")
     p.add_argument("--shard-size", type=int, default=4096, help="images a file (4096)")
@@ -280,7 +280,7 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
 def add_prompts_and_vae(parser: argparse.ArgumentParser) -> None:
     prompts = "of distill precompute prompts, for a model of texts: row i for image i, cycled"
     parser.add_argument("--prompts", type=Path, metavar="FOLDER", help=prompts)
-    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="a diffusers AutoencoderKL that decodes latents")
+    parser.add_argument("--vae", type=Path, metavar="FOLDER", help="an autoencoder of diffusers that decodes latents")
     norm = "of these latents: edm2, scm, sd, or vae: what its config says (vae)"
     parser.add_argument("--normalization", default="vae", metavar="NAME", help=norm)
 

@@ -285,6 +285,8 @@ def stored_data(recipe: Recipe) -> Images | Latents:
 def training_latents(recipe: Recipe) -> Latents:
     """The cached latents a recipe trains on; see :func:`stored_data`."""
     latents = Latents(recipe.data.source, recipe.seed)
+    if len(recipe.sample_shape) == 4:  # of a network of videos, to which images are such of one frame
+        latents.as_videos()
     where = f"data source {recipe.data.source!r}"
     if latents.shape != recipe.sample_shape:
         raise ValueError(f"latents of {where} have shape {latents.shape}, the recipe wants {recipe.sample_shape}")

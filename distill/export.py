@@ -54,7 +54,7 @@ def export(
         format: ``scm``; ``diffusers`` for a pipeline of diffusers' own classes, without code: ``DiTPipeline``,
             ``DDPMPipeline``, ``ConsistencyModelPipeline``, or the teacher's for a student of text; ``lora`` for the adapters
             of a student that was trained with them and loaded from its run. The card has the timesteps to use.
-        vae: a folder of the ``AutoencoderKL`` of the samples, if these are latents. Format ``scm`` without it gives
+        vae: a folder of the autoencoder of the samples, if these are latents. Format ``scm`` without it gives
             latents; a ``DiTPipeline`` by default has that of the teacher's pipeline.
         pipeline: of a student of text in format ``diffusers``: the folder of the teacher's pipeline, whose text encoders and
             autoencoder it keeps; by default where the teacher was loaded from.
@@ -134,7 +134,7 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 def write_pipeline(model: Teacher, folder: Path, facts: dict, vae: str | Path | None, norm_name: str) -> None:
     code = carried_code(model.native)
-    decoder = None if vae is None else Decoder(vae, norm_name, model.sample_shape[0])
+    decoder = None if vae is None else Decoder(vae, norm_name, model.sample_shape)
     keys = inspect.signature(SCMNetwork).parameters
     network = SCMNetwork(**{key: value for key, value in facts.items() if key in keys})
     network.model.native.load_state_dict(model.native.state_dict())
@@ -150,7 +150,8 @@ def write_pipeline(model: Teacher, folder: Path, facts: dict, vae: str | Path | 
     if decoder is not None:
         decoder.vae.save_pretrained(folder / "vae")
         (folder / "vae" / PIPELINE_WEIGHTS).chmod(0o644)
-        index |= {"vae": ["diffusers", "AutoencoderKL"], "normalization": constants_of(decoder.normalization, norm_name)}
+        index["vae"] = ["diffusers", type(decoder.vae).__name__]
+        index["normalization"] = constants_of(decoder.normalization, norm_name)
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     form = "latent" if model.latents and decoder is None else None
     rights = code_license(model) + (VAE_LICENSE if decoder is not None else "")

@@ -6,6 +6,7 @@ training draws them anew in every epoch, as EDM2 does (arXiv 2312.02696).
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from distill.autoencoders import autoencoder_class, image_channels, latent_channels
 from distill.normalization import LatentNormalization, decode, normalization
 from distill.shards import MANIFEST, Kind, Shards, is_folder_of, open_shard
 from teachers import hub
@@ -21,6 +23,7 @@ from teachers.diffusers import has_safetensors, read_json
 from teachers.networks import is_number
 from teachers.pretrained import is_size
 
+COMPONENTS = ("vae", "vqvae")  # where pipelines keep their autoencoder
 LATENTS = Kind("latents", frozenset({"normalization", "sample_shape", "label_column"}))
 
 
@@ -30,8 +33,8 @@ def vae_folder(source: str | Path) -> Path:
     Raises:
         ValueError, OSError: see :func:`teachers.hub.fetch`.
     """
-    folder = hub.fetch_model(source, ".", "vae") if hub.is_hub(source) else Path(source)
-    return folder / "vae" if (folder / "vae").is_dir() else folder
+    folder = hub.fetch_model(source, ".", *COMPONENTS) if hub.is_hub(source) else Path(source)
+    return next((folder / name for name in COMPONENTS if (folder / name).is_dir()), folder)
 
 
 def load_vae(source: str | Path) -> nn.Module:
@@ -40,17 +43,13 @@ def load_vae(source: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError, ValueError: no such folder, another kind of model, or weights that are damaged; one sentence.
     """
-    from diffusers import AutoencoderKL  # slow, and training does not need it
-
     folder = vae_folder(source)
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no autoencoder in {folder}: it has no config.json")
-    kind = read_json(config).get("_class_name")
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{config} is of a {kind}; supported: AutoencoderKL")
+    cls = autoencoder_class(read_json(config).get("_class_name"), str(config))
     try:
-        vae, info = AutoencoderKL.from_pretrained(
+        vae, info = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=has_safetensors(folder), torch_dtype=torch.float32,
             output_loading_info=True,
         )
@@ -67,28 +66,32 @@ class Decoder:
     """An autoencoder that makes images of a network's samples.
 
     Args:
-        folder: a diffusers ``AutoencoderKL``, as of :func:`load_vae`.
+        folder: an autoencoder of diffusers, as of :func:`load_vae`.
         norm_name: the normalisation of the latents that the network was trained on, one of
             ``distill.normalization.NAMES``.
-        channels: of the network's samples.
+        sample_shape: of the network's samples, ``(C, h, w)`` or ``(C, 1, h, w)``.
 
     Raises:
-        FileNotFoundError, ValueError: a bad autoencoder, one of other latents, or no such normalisation; one sentence each.
+        FileNotFoundError, ValueError: a bad autoencoder, one of other latents, samples that are videos, or no such
+            normalisation; one sentence each.
     """
 
-    def __init__(self, folder: str | Path, norm_name: str, channels: int):
+    def __init__(self, folder: str | Path, norm_name: str, sample_shape: Sequence[int]):
+        channels, *frames = sample_shape[:-2]
+        if frames not in ([], [1]):
+            raise ValueError(f"the model's samples are videos of {frames[0]} latent frames; images are decoded of one frame")
         self.vae = load_vae(Path(folder))
         self.normalization = normalization(norm_name, self.vae)
-        own = self.vae.config.latent_channels
+        own = latent_channels(self.vae)
         if own != channels:
             raise ValueError(f"{folder} is an autoencoder of {own} latent channels, but the model's samples have {channels}")
 
     @property
     def image_channels(self) -> int:
-        return self.vae.config.out_channels
+        return image_channels(self.vae)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images ``(B, C, H, W)`` in [-1, 1] of samples ``(B, C, h, w)``, on their device."""
+        """Images ``(B, C, H, W)`` in [-1, 1] of samples, on their device."""
         # One at a time: each takes far more memory than its latent.
         parts = [decode(self.vae, part.to(self.vae.device), self.normalization) for part in x.split(1)]
         return torch.cat(parts).to(x.device)
@@ -125,6 +128,11 @@ class Latents(Dataset):
             files = [open_shard(self.shards.folder / name) for name in self.shards.names]
             self.labels = torch.cat([file.get_tensor("labels") for file in files]).long()
 
+    def as_videos(self) -> "Latents":
+        """Samples become videos of one frame, ``(C, 1, h, w)``."""
+        self.shape = [self.shape[0], 1, *self.shape[-2:]]
+        return self
+
     def __len__(self) -> int:
         return self.shards.count
 
@@ -134,7 +142,8 @@ class Latents(Dataset):
         mean, std = (shard.get_slice(key)[place].float() for key in ("mean", "std"))
         digest = hashlib.sha256(f"latent {self.seed} {epoch} {row}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        return self.normalization(mean + std * torch.randn(mean.shape, generator=generator)), int(self.labels[row])
+        z = mean + std * torch.randn(mean.shape, generator=generator)
+        return self.normalization(z).reshape(self.shape), int(self.labels[row])
 
 
 def normalization_of(constants, channels: int, where: Path) -> LatentNormalization:

@@ -89,7 +89,7 @@ class Model:
                 path or a ``Teacher``.
             prompts: in place of ``labels``, a folder of ``distill precompute prompts``: row ``i`` for image ``i``, from its
                 start again after its end. Its null prompt is what a teacher is guided away from.
-            vae: a folder with the diffusers ``AutoencoderKL`` that decodes latents.
+            vae: a folder with the autoencoder of diffusers that decodes latents, of one frame if they are videos.
             normalization: of these latents, as in ``distill precompute latents``: edm2, scm, sd, or vae, which is what the
                 autoencoder's config says.
 
@@ -157,7 +157,7 @@ class Model:
             return vae
         if not self.network.latents:
             raise ValueError(f"the samples of this model are images already, of {self.network.sample_shape}; leave vae out")
-        return Decoder(vae, normalization, self.network.sample_shape[0])
+        return Decoder(vae, normalization, self.network.sample_shape)
 
     def evaluate(
         self,

@@ -2,14 +2,16 @@
 carry this file.
 
 A network never sees the autoencoder's latents ``z`` themselves but ``x = scale z + bias``, per channel. Papers differ in the
-two constants, and in the range in which images enter the autoencoder; a :class:`LatentNormalization` says both. ``vae`` is a
-diffusers ``AutoencoderKL`` throughout.
+two constants, and in the range in which images enter the autoencoder; a :class:`LatentNormalization` says both. ``vae`` is
+one of :mod:`distill.autoencoders` throughout.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from distill.autoencoders import decode_latents, encode_images, latent_channels
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def normalization(name: str, vae: nn.Module) -> LatentNormalization:
     if name not in NAMES:
         raise ValueError(f"no normalization {name!r}; allowed: {', '.join(NAMES)}")
     found = vae_normalization(vae) if name == "vae" else NORMALIZATIONS[name]
-    channels = vae.config.latent_channels
+    channels = latent_channels(vae)
     if {len(found.scale), len(found.bias)} - {1, channels}:
         have = max(len(found.scale), len(found.bias))
         raise ValueError(f"normalization {name!r} is for {have} channels, the autoencoder's latents have {channels}")
@@ -78,26 +80,29 @@ def normalization(name: str, vae: nn.Module) -> LatentNormalization:
 
 def vae_normalization(vae: nn.Module) -> LatentNormalization:
     """``x = (z - mean) / std * scaling_factor`` with ``latents_mean``, ``latents_std`` and ``scaling_factor`` of its config
-    (SDXL); without the first two ``x = (z - shift_factor) * scaling_factor`` (Stable Diffusion 3, Flux).
+    (SDXL; Qwen-Image and Wan, without the last); without the first two ``x = (z - shift_factor) * scaling_factor`` (Stable
+    Diffusion 3, Flux; Sana, without the first).
     """
-    config = vae.config
-    if config.latents_mean is not None and config.latents_std is not None:
-        return LatentNormalization.standardizing(-1.0, config.latents_mean, config.latents_std, config.scaling_factor)
-    shift = config.shift_factor or 0.0
-    return LatentNormalization(-1.0, (config.scaling_factor,), (-shift * config.scaling_factor,))
+    mean, std, shift = (vae.config.get(key) for key in ("latents_mean", "latents_std", "shift_factor"))
+    scale = vae.config.get("scaling_factor", 1.0)
+    if mean is not None and std is not None:
+        return LatentNormalization.standardizing(-1.0, mean, std, scale)
+    return LatentNormalization(-1.0, (scale,), (-(shift or 0.0) * scale,))
 
 
 @torch.no_grad()
 def encode(vae: nn.Module, images: Tensor, norm: LatentNormalization) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(B, C, h, w)`` of the latents ``z``, not yet normalised, of images in [-1, 1]."""
     width = (1 - norm.image_low) / 2
-    posterior = vae.encode(1 + (images - 1) * width).latent_dist
-    return posterior.mean, posterior.std
+    return encode_images(vae, 1 + (images - 1) * width)
 
 
 @torch.no_grad()
 def decode(vae: nn.Module, x: Tensor, norm: LatentNormalization) -> Tensor:
-    """Images ``(B, C, H, W)`` in [-1, 1] of normalised latents ``(B, C, h, w)``, clamped."""
+    """Images ``(B, C, H, W)`` in [-1, 1], clamped, of normalised latents ``(B, C, h, w)``, or of videos of one frame
+    ``(B, C, 1, h, w)``.
+    """
     width = (1 - norm.image_low) / 2
-    images = vae.decode(norm.inverse(x)).sample.clamp(norm.image_low, 1)
+    still = x[:, :, 0] if x.ndim == 5 else x
+    images = decode_latents(vae, norm.inverse(still)).clamp(norm.image_low, 1)
     return 1 + (images - 1) / width

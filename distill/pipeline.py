@@ -1,12 +1,13 @@
 """A diffusers pipeline for consistency models. Exported folders carry this file and all it needs."""
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin, SCMScheduler
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SCMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
 
+from distill.autoencoders import autoencoder_class
 from distill.normalization import LatentNormalization, decode
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers.base import Teacher
@@ -54,7 +55,7 @@ class SCMPipeline(DiffusionPipeline):
     # Not annotated as SCMNetwork: with remote code diffusers runs this module once for the pipeline and once more for
     # the network, so that one class exists twice and its type check would warn on every load.
     def __init__(
-        self, network: ModelMixin, scheduler: SCMScheduler, vae: AutoencoderKL | None = None,
+        self, network: ModelMixin, scheduler: SCMScheduler, vae: ModelMixin | None = None,
         normalization: dict | None = None,
     ):  # fmt: skip
         super().__init__()
@@ -75,7 +76,8 @@ class SCMPipeline(DiffusionPipeline):
         index = cls.load_config(pretrained_model_name_or_path, **hub)
         if "vae" not in index:
             return cls(network, scheduler)
-        vae = AutoencoderKL.from_pretrained(pretrained_model_name_or_path, subfolder="vae", **kwargs)
+        cls_vae = autoencoder_class(index["vae"][1], f"the vae in {pretrained_model_name_or_path}")
+        vae = cls_vae.from_pretrained(pretrained_model_name_or_path, subfolder="vae", **kwargs)
         return cls(network, scheduler, vae, index["normalization"])
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from distill.autoencoders import image_channels, latent_channels, reduction
 from distill.data import Images, image_labels, load_images, open_rows
 from distill.latents import LATENTS, constants_of, load_vae
 from distill.normalization import LatentNormalization, encode, normalization
@@ -29,7 +30,7 @@ def precompute_latents(
 
     Args:
         data: the images, as in a recipe.
-        vae_source: a diffusers ``AutoencoderKL``: its folder, its pipeline's, or ``hf://owner/name``.
+        vae_source: an autoencoder of diffusers: its folder, its pipeline's, or ``hf://owner/name``.
         norm_name: one of ``distill.normalization.NAMES``.
 
     Returns:
@@ -42,7 +43,7 @@ def precompute_latents(
     folder = Path(folder)
     vae = load_vae(vae_source)
     norm = normalization(norm_name, vae)
-    images = load_images(data, vae.config.in_channels)
+    images = load_images(data, image_channels(vae))
     labels = image_labels(images)
     facts = {
         "source": data.source, "split": data.split,
@@ -217,8 +218,8 @@ def latent_shape(vae: nn.Module, images: Images) -> list[int]:
     Raises:
         ValueError: an image whose sides the autoencoder cannot halve as often as it does.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = reduction(vae)
     height, width = images[0][0].shape[1:]
     if height % factor or width % factor:
         raise ValueError(f"images are {height}x{width}, the autoencoder needs multiples of {factor}")
-    return [vae.config.latent_channels, height // factor, width // factor]
+    return [latent_channels(vae), height // factor, width // factor]

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from distill.shards import Kind, Shards, hash_of, model_hash, read_manifest, verify
 from teachers.condition import Embeddings, is_mask
 from teachers.diffusers import INDEX, read_json
-from teachers.pretrained import read_safetensors
+from teachers.pretrained import is_size, read_safetensors
 
 PROMPTS = Kind("prompts", frozenset({"shapes", "negative_prompt"}))
 NULL = "null.safetensors"  # the null prompt, one row
@@ -35,12 +36,14 @@ class Encoding(NamedTuple):
 
 
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
+SD3 = "StableDiffusion3Pipeline"
+T5_OF_SD3 = ("text_encoder_3", "tokenizer_3")  # without the first, the pipeline has zeros in its place
 MASKED = Encoding({TEXT: 0, MASK: 1}, {TEXT: 2, MASK: 3})
 # Flux makes its txt_ids in the network; AuraFlow has multiplied its mask in.
 ENCODINGS = {
     "StableDiffusionPipeline": Encoding({TEXT: 0}, {TEXT: 1}),
     "StableDiffusionXLPipeline": Encoding({TEXT: 0, "text_embeds": 2}, {TEXT: 1, "text_embeds": 3}),
-    "StableDiffusion3Pipeline": Encoding({TEXT: 0, POOLED: 2}, {TEXT: 1, POOLED: 3}),
+    SD3: Encoding({TEXT: 0, POOLED: 2}, {TEXT: 1, POOLED: 3}),
     "FluxPipeline": Encoding({TEXT: 0, POOLED: 1}, None),
     "PixArtAlphaPipeline": MASKED,
     "PixArtSigmaPipeline": MASKED,
@@ -56,7 +59,8 @@ class TextEncoders:
     """The text encoders and tokenizers of a pipeline, in fp32, on a GPU if there is one; called with prompts.
 
     Prompts are encoded as the pipeline does when it is called with its defaults: with its instructions in front (Sana,
-    Lumina 2), and with its number of tokens unless ``max_sequence_length`` says otherwise.
+    Lumina 2), and with its number of tokens unless ``max_sequence_length`` says otherwise. Stable Diffusion 3
+    may lack T5, whose tokens are then zeros.
 
     Raises:
         FileNotFoundError, ValueError: no such folder, a pipeline that is not supported, one without all its text encoders,
@@ -115,7 +119,8 @@ class TextEncoders:
 
     def digest(self) -> str:
         """Of the encoders' weights and the tokenizers' words."""
-        parts = {k: part for k, part in sorted(self.pipeline.components.items()) if is_text_component(k)}
+        components = sorted(self.pipeline.components.items())
+        parts = {key: part for key, part in components if is_text_component(key) and part is not None}
         weights = [model_hash(part, {}) for part in parts.values() if isinstance(part, nn.Module)]
         words = [sorted(part.get_vocab().items()) for part in parts.values() if not isinstance(part, nn.Module)]
         return hash_of([weights, words])
@@ -149,17 +154,33 @@ def load_text_pipeline(folder: Path):
     if name not in ENCODINGS:
         raise ValueError(f"{folder} is a {name}; prompts can be embedded by: {', '.join(ENCODINGS)}")
     parts = {key: value for key, value in index.items() if isinstance(value, list)}
+    without = T5_OF_SD3 if name == SD3 and parts.get(T5_OF_SD3[0]) == [None, None] else ()
     for key, value in parts.items():
-        if is_text_component(key) and value[0] != "transformers":
+        if is_text_component(key) and key not in without and value[0] != "transformers":
             got = "left out" if value[0] is None else f"a {'.'.join(map(str, value))}, not of transformers"
             raise ValueError(f"{folder}: its {key} is {got}; prompts are embedded by all text encoders of a {name}")
-    left_out = {key: None for key in parts if not is_text_component(key) and key != "scheduler"}
+    left_out = {key: None for key in parts if key in without or not is_text_component(key) and key != "scheduler"}
     if "requires_safety_checker" in index:
         left_out["requires_safety_checker"] = False
-    encoders = {key: load_text_encoder(folder, key, parts[key][1]) for key in parts if key.startswith("text_encoder")}
+    needed = [key for key in parts if key.startswith("text_encoder") and key not in without]
+    encoders = {key: load_text_encoder(folder, key, parts[key][1]) for key in needed}
     import diffusers  # slow, and only needed here
 
-    return from_folder(getattr(diffusers, name), folder, **left_out, **encoders)
+    pipeline = from_folder(getattr(diffusers, name), folder, **left_out, **encoders)
+    if without:
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=text_width(folder)))
+    return pipeline
+
+
+def text_width(folder: Path) -> int:
+    """Of what Stable Diffusion 3's network takes, and so of the zeros in place of T5."""
+    config = folder / "transformer" / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"a {SD3} without its text_encoder_3 needs the width of its network's text: no {config}")
+    width = read_json(config).get("joint_attention_dim")
+    if not is_size(width):
+        raise ValueError(f"{config}: joint_attention_dim must be a whole number above 0, got {str(width)[:80]}")
+    return width
 
 
 def load_text_encoder(folder: Path, key: str, name: str) -> nn.Module:

@@ -141,7 +141,7 @@ class Recipe:
     sigma_data: float
     max_train_steps: int
     train_batch_size: int  # per accumulation step, over all processes
-    sample_shape: list[int]  # [C, H, W]
+    sample_shape: list[int]  # [C, H, W], of videos [C, F, H, W]
     data: DataConfig  # a string is short for its source
     num_classes: int | None = None
     teacher: str | None = None  # bundled name, file, folder or hf://owner/name that the run starts from

@@ -172,6 +172,8 @@ def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.A
             f"its folder (--vae FOLDER) or {INSTEAD}"
         )
     found = load_vae(folder)
+    if not isinstance(found, diffusers.AutoencoderKL):
+        raise ValueError(f"{folder} is of a {type(found).__name__}; a DiTPipeline takes an AutoencoderKL")
     channels, latents = model.sample_shape[0], found.config.latent_channels
     if latents != channels:
         raise ValueError(f"{folder} is a VAE of {latents} latent channels, but this model has {channels}")

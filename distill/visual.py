@@ -19,7 +19,10 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def visible(images: Tensor) -> Tensor:
-    """Images as they are; of latents, whose channels are no colours, the first three channels or the first one."""
+    """Images as they are; of latents, whose channels are no colours, the first three channels or the first one, and of
+    videos their first frame.
+    """
+    images = images[:, :, 0] if images.ndim == 5 else images
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
 
 

@@ -158,6 +158,11 @@ def wan():
     return diffusers.WanPipeline(vae=None, transformer=transformer, scheduler=FLOW(), **umt5())
 
 
+def stable_diffusion_3_without_t5():
+    parts = stable_diffusion_3().components
+    return diffusers.StableDiffusion3Pipeline(**{**parts, "text_encoder_3": None, "tokenizer_3": None})
+
+
 PIPELINES = (
     stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux, pixart, sana, lumina2, aura_flow, qwen_image, wan,
 )  # fmt: skip

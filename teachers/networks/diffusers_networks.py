@@ -1,14 +1,21 @@
 """Networks of diffusers behind the call of our own, ``network(x, time, labels=None)``: their code, their tensor names."""
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, TimeEmbedding
+from teachers.networks.layers import ExactConv2d, ExactLinear, GroupNorm, TimeEmbedding
 
 # Embeddings of a size or a guidance scale by the same class, which are no function of the time.
 OTHER_TIMESTEPS = ("add_time_proj", "additional_condition_proj", "guidance_condition_proj")
+# What of a U-Net is on the path of the time, or on that of the sample from end to end past all residual branches: a
+# fiftieth of SDXL's work, a seventeenth of Stable Diffusion's. All of its layers read what is rounded here.
+TRUNK = re.compile(
+    r"(^|\.)((time|add)_embedding\.linear_[12]|time_emb_proj|conv_(in|out|shortcut)|proj_(in|out)|downsamplers\.\d+\.conv)$"
+)
+EXACT = {nn.Linear: ExactLinear, nn.Conv2d: ExactConv2d}
 
 
 class DiffusersTimesteps(TimeEmbedding):
@@ -47,7 +54,16 @@ def diffusers_model(name: str, config: dict) -> nn.Module:
         for child_name, child in module.named_children():
             if type(child).__name__ == "Timesteps" and child_name not in OTHER_TIMESTEPS:
                 setattr(module, child_name, DiffusersTimesteps(child))
+    if name.startswith("UNet"):
+        keep_trunk_exact(model)
     return model
+
+
+def keep_trunk_exact(unet: nn.Module) -> None:
+    """Autocast rounds nothing on a U-Net's trunk, so that the derivative in bf16 is off by less than 2 %, not 3 %."""
+    for name, module in unet.named_modules():
+        if TRUNK.search(name) and type(module) in EXACT:
+            module.__class__ = EXACT[type(module)]
 
 
 class DiffusersUNet2D(nn.Module):

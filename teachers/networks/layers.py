@@ -74,6 +74,22 @@ def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
         return layer(x.to(layer.weight.dtype), **options)
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer in the dtype of its weights, whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class ExactConv2d(nn.Conv2d):
+    """A convolution in the dtype of its weights, whatever autocast says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class TimeLinear(nn.Linear):
     """A linear layer of the time path: it computes in fp32, or in fp64 with fp64 weights, whatever its input has."""
 

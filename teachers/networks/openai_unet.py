@@ -35,12 +35,12 @@ def halve_or_double(x: Tensor, resample: str | None) -> Tensor:
 
 class OpenAIResBlock(nn.Module):
     """Residual block: norm, SiLU, resampling, conv; the time as a shift before the second norm or, with ``scale_shift``, as
-    a scale and a shift after it; SiLU, dropout, conv.
+    a scale and a shift after it; SiLU, dropout, conv. With ``exact`` autocast does not round the convolutions.
     """
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift, resample=None):
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift, resample=None, exact=False):
         super().__init__()
-        self.scale_shift, self.resample = scale_shift, resample
+        self.scale_shift, self.resample, self.exact = scale_shift, resample, exact
         self.in_layers = nn.Sequential(GroupNorm(32, in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, kernel=3))
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
         self.out_layers = nn.Sequential(
@@ -53,7 +53,7 @@ class OpenAIResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, silu, conv = self.in_layers
-        y = conv(halve_or_double(silu(norm(x)), self.resample))
+        y = self.convolve(conv, halve_or_double(silu(norm(x)), self.resample))
         norm, silu, dropout, conv = self.out_layers
         with torch.autocast(x.device.type, enabled=False):  # the time path, whatever the precision of the rest
             parameters = self.emb_layers(emb)[:, :, None, None].to(norm.weight.dtype)
@@ -62,9 +62,12 @@ class OpenAIResBlock(nn.Module):
                 y = norm(y) * (1 + scale) + shift
             else:
                 y = norm(y + parameters)
-        y = conv(dropout(silu(y)))
+        y = self.convolve(conv, dropout(silu(y)))
         x = halve_or_double(x, self.resample)
         return y + (x if isinstance(self.skip_connection, nn.Identity) else unrounded(self.skip_connection, x))
+
+    def convolve(self, layer: Conv2d, x: Tensor) -> Tensor:
+        return unrounded(layer, x) if self.exact else layer(x)
 
 
 class OpenAIAttention(nn.Module):
@@ -103,7 +106,7 @@ class OpenAIResample(nn.Module):
             self.conv = Conv2d(channels, channels, kernel=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x) if hasattr(self, "op") else self.conv(halve_or_double(x, "up"))
+        return unrounded(self.op, x) if hasattr(self, "op") else self.conv(halve_or_double(x, "up"))
 
 
 class OpenAIUNet(nn.Module):
@@ -141,13 +144,15 @@ class OpenAIUNet(nn.Module):
         self.time_embed = nn.Sequential(Linear(num_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels))
         self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
+        # Every later layer amplifies what is rounded in the encoder. Its convolutions in bf16, a quarter of the work, take
+        # the derivative's error from 0.8 % to 2.5 %.
         def resampling(channels: int, resample: str) -> nn.Module:
             if resblock_updown:
-                return OpenAIResBlock(channels, channels, **res, resample=resample)
+                return OpenAIResBlock(channels, channels, **res, resample=resample, exact=resample == "down")
             return OpenAIResample(channels, resample)
 
-        def block(place) -> list[nn.Module]:
-            layers = [OpenAIResBlock(place.cin, place.cout, **res)]
+        def block(place, exact: bool) -> list[nn.Module]:
+            layers = [OpenAIResBlock(place.cin, place.cout, **res, exact=exact)]
             if place.resolution in attention_resolutions:
                 layers.append(OpenAIAttention(place.cout, **attention))
             return layers
@@ -159,7 +164,7 @@ class OpenAIUNet(nn.Module):
             if place.kind == "conv":
                 layers = [Conv2d(place.cin, place.cout, kernel=3)]
             else:
-                layers = [resampling(place.cout, "down")] if place.kind == "down" else block(place)
+                layers = [resampling(place.cout, "down")] if place.kind == "down" else block(place, exact=True)
             self.input_blocks.append(nn.ModuleList(layers))
         ends = [OpenAIResBlock(widths[-1], widths[-1], **res) for _ in range(2)]
         self.middle_block = nn.ModuleList([ends[0], OpenAIAttention(widths[-1], **attention), ends[1]])
@@ -167,7 +172,7 @@ class OpenAIUNet(nn.Module):
             if place.kind == "up":  # part of the block before
                 self.output_blocks[-1].append(resampling(place.cout, "up"))
             elif place.kind == "block":
-                self.output_blocks.append(nn.ModuleList(block(place)))
+                self.output_blocks.append(nn.ModuleList(block(place, exact=False)))
         self.out = nn.Sequential(
             GroupNorm(32, widths[0]), nn.SiLU(), Conv2d(widths[0], out_channels, kernel=3, init_scale=0.0)
         )

@@ -89,7 +89,9 @@ def is_among(row: torch.Tensor, rows: list[torch.Tensor]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("build", text_pipelines.PIPELINES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build", [*text_pipelines.PIPELINES, text_pipelines.stable_diffusion_3_without_t5], ids=lambda build: build.__name__
+)
 def test_embeddings_are_what_the_pipeline_gives_its_network(build, tmp_path):
     pipe = build()
     pipe.save_pretrained(tmp_path)
@@ -105,6 +107,39 @@ def test_embeddings_are_what_the_pipeline_gives_its_network(build, tmp_path):
             assert name.endswith("mask") or not is_among(tensor[0], rows[name])
             assert len(tensor) == 2 and tensor.shape[1:] == null[name].shape[1:]
         assert not torch.allclose(some["encoder_hidden_states"][1], null["encoder_hidden_states"][0], atol=1e-4)
+
+
+def test_stable_diffusion_3_without_t5(tmp_path):
+    """Embeddings are those of the pipeline's own ``encode_prompt``: zeros, as wide as its network wants, for T5's tokens."""
+    pipe = text_pipelines.stable_diffusion_3_without_t5()
+    folder = tmp_path / "pipeline"
+    pipe.save_pretrained(folder)
+    for length in (256, 5):
+        encoders = TextEncoders(folder, None if length == 256 else length)
+        ours, null = encoders(["a dog", "a cat"]), encoders.null_prompt("blur")
+        theirs = pipe.encode_prompt(
+            ["a dog", "a cat"], None, None, negative_prompt=["blur"] * 2, max_sequence_length=length, device="cpu"
+        )
+        for tensors, text, pooled in ((ours, theirs[0], theirs[2]), (null, theirs[1][:1], theirs[3][:1])):
+            torch.testing.assert_close(tensors["encoder_hidden_states"], text, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tensors["pooled_projections"], pooled, rtol=1e-4, atol=1e-5)
+            assert text.shape[1:] == (12 + length, 16) and not text[:, 12:].any() and text[:, :12].any()
+    assert make(folder, tmp_path / "prompts") and len(Prompts(tmp_path / "prompts")) == len(CAPTIONS)
+    teacher = teachers.load(folder)
+    assert distill.from_pretrained(teacher).sample(2, 1, prompts=tmp_path / "prompts").isfinite().all()
+
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": [None, None]}))
+    with pytest.raises(ValueError, match="its text_encoder_2 is left out; prompts are embedded by all text encoders"):
+        TextEncoders(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "joint_attention_dim": None}))
+    with pytest.raises(ValueError, match="config.json: joint_attention_dim must be a whole number above 0, got None"):
+        TextEncoders(folder)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="needs the width of its network's text: no .*config.json"):
+        TextEncoders(folder)
 
 
 def test_rows_of_a_batch_are_padded_alike(tmp_path):
@@ -548,7 +583,7 @@ def test_what_cannot_be_decoded_or_scored(latent_model):
     with pytest.raises(ValueError, match="the samples of this model are images already"):
         distill.from_pretrained("mnist-edm-scm").sample(2, 1, vae=latent_model / "vae")
     with pytest.raises(ValueError, match="is an autoencoder of 4 latent channels, but the model's samples have 16"):
-        Decoder(latent_model / "vae", "vae", 16)
+        Decoder(latent_model / "vae", "vae", (16, 4, 4))
 
 
 def test_whether_samples_are_latents_is_kept(make_teacher, tmp_path):

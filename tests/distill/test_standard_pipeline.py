@@ -348,12 +348,14 @@ def test_a_vae_that_does_not_fit_is_one_sentence(tmp_path):
     student = dit_student()
     (tmp_path / "empty").mkdir()
     vae(channels=8).save_pretrained(tmp_path / "other")
+    diffusers.VQModel(latent_channels=4).save_pretrained(tmp_path / "vq")
     diffusers.UNet2DModel(**UNET2D).save_pretrained(tmp_path / "unet")
     vae().save_pretrained(tmp_path / "damaged")
     weights = tmp_path / "damaged" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     for name, message in {
         "empty": "no autoencoder in", "other": "a VAE of 8 latent channels, but this model has 4",
+        "vq": "vq is of a VQModel; a DiTPipeline takes an AutoencoderKL",
         "unet": "is of a UNet2DModel; supported: AutoencoderKL", "damaged": "damaged cannot be loaded",
     }.items():  # fmt: skip
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:

@@ -86,7 +86,9 @@ def test_a_dit_keeps_its_labels_and_drops_its_variance(tmp_path):
 def test_the_derivative_and_the_round_trip(tmp_path, make):
     network = make(tmp_path / "pipeline")
     teacher = teachers.load(tmp_path / "pipeline")
-    assert check_jvp(teacher) < 1e-3
+    assert check_jvp(teacher) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_jvp(teacher, tolerance=2e-2) > 1e-4
     probe_jvp(teacher)  # one sample alone has other strides
     teachers.save_pretrained(teacher, tmp_path / "saved", "teacher")
     again = teachers.load(tmp_path / "saved")

@@ -99,9 +99,9 @@ def test_it_is_differentiable_along_the_ode(changes):
     native = network(image_size=8, attention_resolutions=[4], num_res_blocks=1, channel_mult=[1, 2], **changes)
     classes = native.config["num_classes"]
     teacher = teachers.wrap(native, openai.PARAMETERIZATION, 0.5, (3, 8, 8), classes).eval()
-    check_jvp(teacher)
-    with torch.autocast("cpu", torch.bfloat16):  # a rounded time would be off by about 1
-        assert 1e-3 < check_jvp(teacher, tolerance=0.04)
+    check_jvp(teacher, tolerance=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # a rounded time would be off by about 1, a rounded encoder by 0.02
+        assert 1e-3 < check_jvp(teacher, tolerance=0.015)
 
 
 def test_autocast_leaves_the_time_path_and_the_residual_stream_in_fp32():
@@ -114,7 +114,8 @@ def test_autocast_leaves_the_time_path_and_the_residual_stream_in_fp32():
     blocks = [name for name, module in native.named_modules() if isinstance(module, (OpenAIResBlock, OpenAIAttention))]
     checked = blocks + [name for name in dtypes if name.endswith(wide)]
     assert len(checked) > 20 and {dtypes[name] for name in checked} == {torch.float32}
-    assert dtypes["input_blocks.1.0.in_layers.2"] == torch.bfloat16
+    assert dtypes["input_blocks.1.0.in_layers.2"] == torch.float32  # every later layer amplifies what is rounded there
+    assert dtypes["output_blocks.0.0.in_layers.2"] == torch.bfloat16
 
 
 def test_it_has_no_null_class():
