@@ -20,6 +20,7 @@ MARKERS = "os^Dv*XPp<>h"
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
 TICKS = ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9))
 INK = "#010203"  # stands for the colour of the page's text
+LEFT, LABELS_AT, LABEL_SIZE = 0.14, 0.09, 9  # the axes' left edge; the names, beside the axes in widths of them; points
 SIZE = (5.0, 3.7)  # inches, so that letters stay legible at the width of a phone
 STYLE = {
     "font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "distill", "axes.spines.top": False, "axes.spines.right": False,
@@ -77,7 +78,7 @@ def plot(lines: list[Line], floor: float | None, xlabel: str, ylabel: str, logar
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(True, color=INK, alpha=0.12, linewidth=0.6)
-        figure.subplots_adjust(left=0.14, right=0.68, top=0.97, bottom=0.15)
+        figure.subplots_adjust(left=LEFT, right=right_edge(figure, lines), top=0.97, bottom=0.15)
         label_ends(figure, axes, lines, floor)
     return figure
 
@@ -109,6 +110,15 @@ def set_ticks(axis, is_log: bool) -> None:
     axis.set_ticks([], minor=True)
 
 
+def right_edge(figure, lines: list[Line]) -> float:
+    """Where the axes have to end, as a share of the figure, for the longest name to fit beside them."""
+    texts = [figure.text(0, 0, name, fontsize=LABEL_SIZE) for name in ("real images", *(line.name for line in lines))]
+    longest = max(text.get_window_extent().width for text in texts) / figure.bbox.width
+    for text in texts:
+        text.remove()
+    return max(0.4, (0.99 - longest + LABELS_AT * LEFT) / (1 + LABELS_AT))
+
+
 def label_ends(figure, axes, lines: list[Line], floor: float | None) -> None:
     """Names in the right margin, each at the height where its line ends or, where they are close, near it."""
     figure.canvas.draw()
@@ -126,7 +136,7 @@ def label_ends(figure, axes, lines: list[Line], floor: float | None) -> None:
         if marker is not None:
             beside = {"transform": axes.transAxes, "clip_on": False, "markeredgewidth": 0}
             axes.plot([1.06], [height], color=colour, marker=marker, **beside)
-        axes.text(1.09, height, name, transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1 + LABELS_AT, height, name, transform=axes.transAxes, va="center", fontsize=LABEL_SIZE)
 
 
 def spread(values: list[float], gap: float) -> list[float]:

@@ -22,6 +22,7 @@ import teachers
 from distill import cli
 from distill.comparison import prepare
 from distill.comparison.config import ComparisonConfig, ModelConfig, ReferenceConfig, load_comparison, to_dict
+from distill.comparison.plots import Line, plot
 from distill.comparison.scores import METRICS, Samples, Scorer, combine, outside
 from distill.evaluation import Reference, metrics
 from distill.evaluation.diversity import near_duplicates, vendi_score
@@ -276,6 +277,17 @@ def test_the_documentation_names_every_key_and_score():
             assert f"`{field.name}`" in text, field.name
     for metric in METRICS:
         assert f"`{metric.key}`" in text, metric.key
+
+
+@pytest.mark.parametrize("name", ["sCD", "EDM teacher, 12 steps", "a student of sCD and VSD, 4 steps"])
+def test_names_beside_a_plot_are_whole(name):
+    lines = [Line(f"{name}{i}", i, i, [(1.0, 2.0 + i, None), (2.0, 3.0, None)]) for i in range(2)]
+    figure = plot(lines, 1.0, "guidance scale", "distance", (False, False))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == [f"{name}0", f"{name}1", "real images"]
+    for text in axes.texts:
+        assert axes.bbox.x1 < text.get_window_extent().x0 and text.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_the_page_needs_nothing_else(compared):
