@@ -56,15 +56,14 @@ def parts(step: Steps) -> dict[str, Callable]:
     student, x0 = trainer.network, step.images
     t = torch.linspace(0.1, 1.5, len(x0))
     x_t = trigflow.perturb(x0, torch.randn_like(x0), t)
-    batches = lambda: (x_t, t)  # noqa: E731
 
     def forward_and_backward():
-        student(*batches()).square().mean().backward()
+        student(x_t, t).square().mean().backward()
         student.zero_grad()
 
     return {
-        "plain forward": lambda: torch.no_grad()(student)(*batches()),
-        "derivative": lambda: jvp(student, batches(), (torch.randn_like(x_t), torch.ones_like(t))),
+        "plain forward": lambda: torch.no_grad()(student)(x_t, t),
+        "derivative": lambda: jvp(student, (x_t, t), (torch.randn_like(x_t), torch.ones_like(t))),
         "forward and backward": forward_and_backward,
     }
 

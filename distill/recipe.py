@@ -491,7 +491,7 @@ def check_shared_primal(recipe: Recipe, where: str) -> None:
     if recipe.is_diffusion or recipe.objective == "vsd":
         raise ValueError(f"{where}: tangent.shared_primal belongs to the consistency objectives; remove it")
     if recipe.activation_checkpointing:
-        raise ValueError(f"{where}: tangent.shared_primal takes memory to save work, activation_checkpointing the reverse")
+        raise ValueError(f"{where}: tangent.shared_primal does not go with activation_checkpointing; remove one of them")
 
 
 def check_vsd(recipe: Recipe, where: str) -> None:

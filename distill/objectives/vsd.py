@@ -130,5 +130,5 @@ def generate_samples(
 
 
 def choose(numbers: Sequence[int], generator: torch.Generator) -> int:
-    """One of them, each as likely; of a single one without a draw."""
-    return numbers[int(torch.randint(len(numbers), (1,), generator=generator)) if len(numbers) > 1 else 0]
+    """One of them, each as likely."""
+    return numbers[int(torch.randint(len(numbers), (1,), generator=generator))]

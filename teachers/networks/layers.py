@@ -74,20 +74,18 @@ def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
         return layer(x.to(layer.weight.dtype), **options)
 
 
-class ExactLinear(nn.Linear):
-    """A linear layer in the dtype of its weights, whatever autocast says."""
+class Exact:
+    """Makes a layer compute in the dtype of its weights, whatever autocast says."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
-class ExactConv2d(nn.Conv2d):
-    """A convolution in the dtype of its weights, whatever autocast says."""
+class ExactLinear(Exact, nn.Linear): ...
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+
+class ExactConv2d(Exact, nn.Conv2d): ...
 
 
 class TimeLinear(nn.Linear):

@@ -22,7 +22,7 @@ from distill.run import main
 from distill.trainer import Trainer
 from teachers.networks import build
 
-STEPS = 4
+STEPS = 10
 OBJECTIVES = {
     "sCD": {},
     "sCT": {"objective": "training"},
@@ -255,6 +255,7 @@ def test_stuck_processes_are_killed_and_show_where_they_were(server, tmp_path):
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "set fsdp_version to 2 in accelerate config"),
         ({"WORLD_SIZE": "2"}, {"distributed": "fsdp", "lora": {}}, "lora does not go with distributed: fsdp"),
         ({"WORLD_SIZE": "2"}, {"tangent": {"shared_primal": True}}, "tangent.shared_primal needs one process, got 2: "),
+        ({"WORLD_SIZE": "2"}, {"distributed": "fsdp", "compile": "inductor"}, "compile does not go with distributed: fsdp"),
         ({"WORLD_SIZE": "2"}, {"cpu_offload": True}, "cpu_offload needs distributed: fsdp or hsdp"),
         ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, {"distributed": "hsdp"}, "the same number of processes on every"),
         ({"ACCELERATE_TORCH_DEVICE": "abacus"}, {}, "the accelerator abacus cannot be used .*on CPUs: ACCELERATE_USE_CPU=1"),

@@ -21,9 +21,11 @@ from distill import checkpoint as ckpt
 from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
+from distill.optimizer import learning_rate
 from distill.recipe import parse_recipe
+from distill.recipe_networks import build_teacher, set_dropout
 from distill.run import check, main
-from distill.trainer import Trainer, TrainingError, build_teacher, learning_rate, save_model, set_dropout, trained_model
+from distill.trainer import Trainer, TrainingError, save_model, trained_model
 
 # The smallest network with dropout.
 SMALL_UNET = {"channel_mult": [1], "attn_resolutions": []}
@@ -157,6 +159,27 @@ def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+def test_an_absurd_learning_rate_ends_with_the_last_good_checkpoint(world, capsys):
+    folder, values = world
+    values |= {"objective": "training", "teacher": str(folder / "weaker"), "tangent": {"warmup_steps": 0}, "dropout": 0.0}
+    values |= {"validation_steps": 100, "logging_steps": 2}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**values, "max_train_steps": 100, "optimizer": {"learning_rate": 0.3, "name": "adam"}}))
+    run(values, max_train_steps=2, optimizer={"learning_rate": 1e-3, "name": "adam"})
+    good = load_file(folder / "run/checkpoint-2/network.safetensors")
+    assert main([str(path), "resume_from_checkpoint=latest", "evaluation.validation_samples=0"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("error: training has diverged: .* the last good checkpoint: .*run/checkpoint-2; ", error)
+    assert [p.name for p in ckpt.checkpoints(folder / "run")] == ["checkpoint-2"]
+    assert all(torch.isfinite(tensor).all() and tensor.abs().max() < 100 for tensor in good.values())
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert lines[-1]["step"] > 2 and all(
+        lines[-1][f"largest_{key}"] > 10 * lines[0][f"largest_{key}"] for key in ("tangent_norm", "grad_norm")
+    )  # fmt: skip
+    assert (folder / "run/curves.png").stat().st_mtime_ns >= (folder / "run/metrics.jsonl").stat().st_mtime_ns
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def test_samples_are_those_of_the_multistep_sampler_and_only_the_last_step_is_di
         counted = lambda *a: calls.append(a[1][0].item()) or student(*a)  # noqa: E731, B023
         x = generate_samples(counted, student, parsed, X0.shape, None, None, generator, X0.device)
         again = noise(seed)
+        torch.randint(1, (1,), generator=again)  # of the numbers of steps
         last = int(torch.randint(3, (1,), generator=again))
         seen.add(last)
         draw = lambda: SD * torch.randn(X0.shape, generator=again)  # noqa: E731, B023
@@ -105,6 +106,17 @@ def test_samples_are_those_of_the_multistep_sampler_and_only_the_last_step_is_di
         torch.testing.assert_close(x, expected)
         assert calls == pytest.approx([times[last]]) and x.requires_grad
     assert seen == {0, 1, 2}
+
+
+def test_of_several_numbers_of_steps_each_has_its_own_times():
+    student, parsed, seen = wrap(ExactGaussian(True, 0.3)), recipe(steps=[1, 2, 4]), []
+    record = lambda x, t, *condition: seen.append(t[0].item()) or student(x, t, *condition)  # noqa: E731
+    for seed in range(120):
+        generate_samples(record, student, parsed, X0[:1].shape, None, None, noise(seed), X0.device)
+    first, *later = student_times(4, SD)
+    assert {round(t, 4) for t in seen} == {round(t, 4) for t in (first, *later, *student_times(2, SD))}
+    share = sum(t == pytest.approx(first) for t in seen) / len(seen)
+    assert share == pytest.approx((1 + 1 / 2 + 1 / 4) / 3, abs=0.12)
 
 
 def test_the_fake_score_follows_the_samples():
@@ -213,6 +225,8 @@ def test_updates_of_the_fake_score(values):
         ({"objective": "training"}, "vsd belongs to objectives vsd and distillation"),
         ({"vsd": {"weighting": "none"}}, "vsd.weighting is 'none'; allowed: adaptive, dmd"),
         ({"vsd": {"steps": 9}}, "vsd.steps must be 1 to 8, or a list of such numbers, got 9"),
+        ({"vsd": {"steps": []}}, "or a list of such numbers, got \\[\\]"),
+        ({"vsd": {"steps": [1, 9]}}, "or a list of such numbers, got \\[1, 9\\]"),
         ({"vsd": {"fake_updates": 0}}, "vsd.fake_updates must be at least 1"),
         ({"vsd": {"weight": 0.0}}, "vsd.weight must be positive"),
         ({"target_half_life_images": 10.0}, "belongs to the consistency objectives"),
