@@ -61,6 +61,11 @@ class SegmentConfig:
     solver_steps: int = 5  # steps of the teacher along it, one evaluation each
     everywhere_share: float = 0.0  # of the training, from its start: segments at every t
     below: float = 1.0  # afterwards only at TrigFlow times below this, and the tangent above
+    tangent_share: float = 0.0  # of the training, at its end: Algorithm 1 alone, of the network itself
+
+    def are_over(self, progress: float) -> bool:
+        """Whether Algorithm 1 is alone when this share of the training is done."""
+        return progress >= 1 - self.tangent_share
 
     def covers(self, t, progress: float):
         """Which of the times ``t``, a tensor ``(B,)``, are on segments when this share of the training is done."""
@@ -190,6 +195,11 @@ class Recipe:
     def needs_velocity(self) -> bool:
         """Whether the recipe's ``teacher`` must have a PF-ODE velocity to learn from, as a student has not."""
         return self.objective in ("distillation", "retrofit", "vsd")
+
+    def averages_targets(self, step: int) -> bool:
+        """Whether the targets of this step come from the average, and not from the network itself."""
+        over = self.segments is not None and self.segments.are_over(step / self.max_train_steps)
+        return self.target_half_life_images is not None and not over
 
     @property
     def is_conditional(self) -> bool:
@@ -481,6 +491,12 @@ def check_targets(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: segments.below must be from 0 to pi/2 radians, got {segments.below}")
     if not 0 <= segments.everywhere_share <= 1:
         raise ValueError(f"{where}: segments.everywhere_share must be from 0 to 1, got {segments.everywhere_share}")
+    left = 1 - segments.everywhere_share
+    if not 0 <= segments.tangent_share <= left + 1e-9:
+        raise ValueError(
+            f"{where}: segments.tangent_share must be from 0 to {left:g}, what everywhere_share leaves, "
+            f"got {segments.tangent_share}"
+        )
 
 
 def check_shared_primal(recipe: Recipe, where: str) -> None:

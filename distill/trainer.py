@@ -78,7 +78,7 @@ def uses_derivative(recipe: Recipe) -> bool:
     """Whether some step of the recipe differentiates the network along the PF-ODE."""
     segments = recipe.segments
     everywhere = segments is not None and (
-        segments.everywhere_share >= 1 or segments.below >= math.pi / 2
+        segments.everywhere_share >= 1 or (segments.below >= math.pi / 2 and not segments.tangent_share)
     )
     consistency = recipe.objective in ("distillation", "training")
     return consistency and recipe.discrete_steps is None and not everywhere
@@ -427,7 +427,7 @@ class Trainer:
         """The gradients of one batch, of one objective after the other: no more than one graph is in memory."""
         parts, losses = self.recipe.gradient_accumulation_steps, []
         generator = self.seeded(part)
-        frozen = self.network if self.target is None else self.target.network
+        frozen = self.target.network if self.recipe.averages_targets(self.step) else self.network
         for objective, weight in self.objectives:
             last = part == parts - 1 and objective is self.objectives[-1][0]
             with self.placement.synchronization(self.prepared, last):

@@ -177,7 +177,9 @@ class Consistency:
         """
         p = self.recipe
         batch = self.noisy_batch(x0, labels, generator)
-        on_segment = None if p.segments is None else p.segments.covers(batch.t, step / p.max_train_steps)
+        progress = step / p.max_train_steps
+        has_segments = p.segments is not None and not p.segments.are_over(progress)
+        on_segment = p.segments.covers(batch.t, progress) if has_segments else None
         # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
         if p.tangent.shared_primal:
@@ -189,7 +191,7 @@ class Consistency:
                 frozen, g = self.segment_targets(network, batch, on_segment, step, generator)
             with replay_rng(rng) if rng else nullcontext():
                 F = student(batch.x_t, batch.t, labels, batch.guidance)
-        if p.target_half_life_images is None:
+        if not p.averages_targets(step):
             # F^- of Algorithm 1 is this very F: the derivative's own value differs from it by rounding, and in bf16 or
             # compiled code that difference is as large as g.
             frozen = F.detach()

@@ -70,7 +70,7 @@ def segment_share(recipe: Recipe) -> float:
     below = 1.0 if s.below >= math.pi / 2 else 0.0
     if 0 < s.below < math.pi / 2:
         below = NormalDist(recipe.p_mean, recipe.p_std).cdf(math.log(recipe.sigma_data * math.tan(s.below)))
-    return s.everywhere_share + (1 - s.everywhere_share) * below
+    return s.everywhere_share + (1 - s.everywhere_share - s.tangent_share) * below
 
 
 def passes_per_image(recipe: Recipe) -> dict[str, float]:

@@ -107,6 +107,10 @@ def test_an_unquoted_no_is_the_word():
         ({"segments": {}, "objective": "training"}, "segments belong to objective distillation"),
         ({"segments": {"solver_steps": 0}, "target_half_life_images": 9.0}, "solver_steps of at least 1"),
         ({"segments": {"everywhere_share": 2.0}, "target_half_life_images": 9.0}, "everywhere_share must be from 0 to 1"),
+        (
+            {"segments": {"everywhere_share": 0.75, "tangent_share": 0.3}, "target_half_life_images": 9.0},
+            "tangent_share must be from 0 to 0.25, what everywhere_share leaves, got 0.3",
+        ),
         ({"target_half_life_images": 0.0}, "target_half_life_images must be positive"),
         ({"data": {"split": "train"}}, "the key data.source is missing"),
     ],

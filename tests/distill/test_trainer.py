@@ -90,7 +90,7 @@ def test_a_compiled_run_is_the_same_run(world):
     assert (moved - expected).norm() / expected.norm() < 1e-3
 
 
-SEGMENTS = {"segments": {"everywhere_share": 0.6, "below": 0.5}, "target_half_life_images": 30.0}
+SEGMENTS = {"segments": {"everywhere_share": 0.4, "below": 0.5, "tangent_share": 0.2}, "target_half_life_images": 30.0}
 
 
 GUIDED = {"guidance_scale": [1.0, 3.0], "guidance_teacher": "weaker"}
@@ -125,6 +125,13 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, changes, make
     assert equal(second, whole)
     lines = [json.loads(line) for line in (folder / "parts/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_where_segments_are_over_the_run_is_one_without(world):
+    _, values = world
+    plain = run(values)
+    over = {"segments": {"tangent_share": 1.0}, "target_half_life_images": 30.0}
+    assert equal_modules(run(values, **over, output_dir=values["output_dir"] + "-over").network, plain.network)
 
 
 def test_what_a_run_leaves_behind(world):
