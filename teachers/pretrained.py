@@ -65,6 +65,11 @@ def resolve(source: str | Path) -> Path:
 
 def locate(source: str | Path) -> tuple[str, Path]:
     """What kind of thing ``source`` is, in words, and its model folder; see :func:`resolve`."""
+    if not isinstance(source, (str, Path)):
+        raise TypeError(
+            f"a model is given by a name, a path or a teachers.Teacher, got {type(source).__name__}; teachers.wrap makes a "
+            "Teacher of any nn.Module"
+        )
     if str(source) in bundled():
         return "bundled model", ZOO / str(source)
     path = download(str(source)) if hub.is_hub(source) else Path(source)
@@ -190,6 +195,7 @@ def load(source: str | Path | Teacher, device: str | torch.device = "cpu") -> Te
 
     Raises:
         FileNotFoundError: nothing by that name.
+        TypeError: neither a name, a path nor a ``Teacher``.
         ValueError: a config or weights that are broken or do not fit together; one sentence each.
     """
     if isinstance(source, Teacher):

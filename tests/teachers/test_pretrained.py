@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import distill
 import teachers
 from distill.export import export
 from teachers.networks import build
@@ -200,6 +201,12 @@ def test_unknown_names_suggest_the_nearest():
         teachers.load("MNIST-Flow")
     with pytest.raises(FileNotFoundError, match="bundled models: .*mnist-edm"):
         teachers.load("runs/nothing-of-the-kind")
+
+
+@pytest.mark.parametrize("load", [teachers.load, distill.from_pretrained])
+def test_a_module_is_wrapped_first(load):
+    with pytest.raises(TypeError, match="a path or a teachers.Teacher, got Linear; teachers.wrap makes"):
+        load(torch.nn.Linear(2, 2))
 
 
 def test_a_folder_without_a_model(tmp_path):
