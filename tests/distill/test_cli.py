@@ -195,6 +195,7 @@ ELSEWHERE = {
     **{f"scaling/student-{size}.yaml": (f"runs/scaling/teacher-{size}", "benchmarks/scaling.py") for size in "sml"},
     "sd3.yaml": ("stable-diffusion-3-medium", "not run here"),
     "mnist-edm2.yaml": ("runs/mnist-edm2-retrofit", "first run mnist-edm2-retrofit.yaml"),
+    "mnist-flow-scd-vsd.yaml": ("runs/mnist-flow-gpu", "first run mnist-flow-gpu.yaml"),
     "families/ddpm-retrofit.yaml": ("runs/teachers/ddpm", "benchmarks/diffusers_teachers.py ddpm"),
     "families/ddpm.yaml": ("runs/teachers/ddpm", "families/ddpm-retrofit.yaml"),
     "families/dit-retrofit.yaml": ("runs/teachers/dit", "benchmarks/diffusers_teachers.py dit"),
