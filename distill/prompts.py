@@ -167,7 +167,7 @@ def load_text_pipeline(folder: Path):
     import diffusers  # slow, and only needed here
 
     pipeline = from_folder(getattr(diffusers, name), folder, **left_out, **encoders)
-    if without:
+    if without:  # of its network, which is left out, the pipeline reads only this
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=text_width(folder)))
     return pipeline
 

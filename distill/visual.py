@@ -67,7 +67,6 @@ def save_strips(rows: dict[str, np.ndarray], path: Path, title: str) -> None:
 
 CURVES = {
     "loss": "loss", "tangent_norm": "tangent norm", "grad_norm": "gradient norm", "lr": "learning rate",
-    "frechet_distance/2": "Fréchet distance, 2 steps",
 }  # fmt: skip
 
 
@@ -76,7 +75,9 @@ def plot_curves(log: Path, path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     plt = pyplot()
     figure, axes = plt.subplots(2, 3, figsize=(14, 6))
-    for axis, (key, title) in zip(axes.flat, CURVES.items(), strict=False):
+    distance = next((key for line in lines for key in line if key.startswith("frechet_distance/")), "frechet_distance/2")
+    titles = CURVES | {distance: f"Fréchet distance, evaluations: {distance.split('/')[1]}"}
+    for axis, (key, title) in zip(axes.flat[: len(titles)], titles.items(), strict=True):
         points = [(line["step"], line[key]) for line in lines if key in line]
         few = "o" if len(points) < 3 else None  # a line through one point is invisible
         axis.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1, marker=few)
