@@ -17,6 +17,7 @@ class Window:
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # of VSD fewer than steps where it begins
         self.largest: dict[str, Tensor] = {}  # of norms, whose single spikes a mean would hide
         self.steps, self.start = 0, time.perf_counter()
 
@@ -25,6 +26,7 @@ class Window:
         for key, value in values.items():
             value = value.detach()
             self.sums[key] = self.sums.get(key, 0) + value
+            self.counts[key] = self.counts.get(key, 0) + 1
             if key.endswith("_norm"):
                 name = f"largest_{key}"
                 self.largest[name] = torch.maximum(self.largest.get(name, value), value)
@@ -33,7 +35,7 @@ class Window:
         """By name, averaged over processes too, and the largest norms: one reduction, and one wait for the device."""
         if not self.sums:
             return {}
-        values = {key: total / self.steps for key, total in self.sums.items()} | self.largest
+        values = {key: total / self.counts[key] for key, total in self.sums.items()} | self.largest
         return dict(zip(values, over_processes(torch.stack(list(values.values()))).tolist(), strict=True))
 
     def seconds(self) -> float:

@@ -109,6 +109,11 @@ class VSDConfig:
     fake_updates: int = 1  # of the fake score before each of the student; DMD2 has 5
     fake_learning_rate: float | None = None  # null: that of the student; everything else is as in optimizer
     steps: int | list[int] = 1  # in which the student draws the samples that are compared; of several, one at random
+    share: float = 1.0  # of the training, at its end, that VSD is part of; before it the consistency loss is alone
+
+    def has_begun(self, progress: float) -> bool:
+        """Whether VSD is part of the training when this share of it is done."""
+        return progress >= 1 - self.share
 
     @property
     def step_counts(self) -> list[int]:
@@ -527,6 +532,10 @@ def check_vsd(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: vsd.weighting is {vsd.weighting!r}; allowed: adaptive, dmd")
     if vsd.fake_updates < 1:
         raise ValueError(f"{where}: vsd.fake_updates must be at least 1, got {vsd.fake_updates}")
+    if not 0 < vsd.share <= 1:
+        raise ValueError(f"{where}: vsd.share must be above 0 and at most 1, got {vsd.share}")
+    if recipe.objective == "vsd" and vsd.share < 1:
+        raise ValueError(f"{where}: vsd.share belongs to objective distillation: before VSD nothing would train; remove it")
     if not vsd.steps or not all(1 <= steps <= MAX_STEPS for steps in vsd.step_counts):
         raise ValueError(f"{where}: vsd.steps must be 1 to {MAX_STEPS}, or a list of such numbers, got {vsd.steps}")
 

@@ -403,7 +403,7 @@ class Trainer:
         rate = learning_rate(self.recipe.optimizer, self.step, self.recipe.max_train_steps)
         set_learning_rate(self.optimizer, rate)
         logs, finite = {}, True
-        if self.fake is not None:
+        if self.uses_vsd:
             set_learning_rate(self.fake.optimizer, rate * self.fake.relative_learning_rate)
             finite, logs = self.train_fake(parts)
         losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
@@ -419,6 +419,12 @@ class Trainer:
         if finite and stepped:
             window.add({**values, "grad_norm": grad_norm, **logs})
 
+    @property
+    def uses_vsd(self) -> bool:
+        """Whether VSD is part of this step."""
+        vsd = self.recipe.vsd
+        return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
+
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
         labels = labels.to(self.device) if self.recipe.is_conditional else None
         return x0.to(self.device), labels
@@ -428,8 +434,9 @@ class Trainer:
         parts, losses = self.recipe.gradient_accumulation_steps, []
         generator = self.seeded(part)
         frozen = self.target.network if self.recipe.averages_targets(self.step) else self.network
-        for objective, weight in self.objectives:
-            last = part == parts - 1 and objective is self.objectives[-1][0]
+        objectives = [each for each in self.objectives if self.uses_vsd or not isinstance(each[0], VSD)]
+        for objective, weight in objectives:
+            last = part == parts - 1 and objective is objectives[-1][0]
             with self.placement.synchronization(self.prepared, last):
                 result: Loss = objective(self.prepared, frozen, x0, labels, self.step, generator)
                 self.accelerator.backward(weight * result.loss / parts)

@@ -91,9 +91,10 @@ def passes_per_image(recipe: Recipe) -> dict[str, float]:
             count["teacher"] += 1 - on_segments + on_segments * (recipe.segments.solver_steps if recipe.segments else 0)
     if recipe.vsd is not None:  # the fake score is a network like the student
         drawing, updates = (mean(recipe.vsd.step_counts) - 1) / 2, recipe.vsd.fake_updates
-        count["teacher"] += 1
-        count["evaluation"] += drawing + 1 + updates * (drawing + 1)
-        count["training"] += 1 + updates
+        share = recipe.vsd.share
+        count["teacher"] += share
+        count["evaluation"] += share * (drawing + 1 + updates * (drawing + 1))
+        count["training"] += share * (1 + updates)
     return count
 
 

@@ -152,6 +152,13 @@ def test_passes_are_those_that_a_step_makes(make_teacher, changes):
     assert calls[1].images + calls[2].images == BATCH * others
 
 
+def test_vsd_costs_its_share_of_the_training():
+    vsd = {"fake_updates": 5, "steps": [1, 2, 4]}
+    none, half, whole = recipe(), recipe(vsd={**vsd, "share": 0.5}), recipe(vsd=vsd)
+    for key, count in passes_per_image(half).items():
+        assert count == (passes_per_image(none)[key] + passes_per_image(whole)[key]) / 2
+
+
 def test_the_share_of_segments_is_that_of_the_sampled_times():
     r = recipe(segments={"everywhere_share": 0.25, "below": 1.0, "tangent_share": 0.2}, target_half_life_images=100.0)
     generator = torch.Generator().manual_seed(0)

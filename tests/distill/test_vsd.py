@@ -157,9 +157,12 @@ def run(values, **changes):
 SUM = {"objective": "distillation", "vsd": {"weight": 0.5, "fake_updates": 2}, "tangent": {"warmup_steps": 0}}
 MULTISTEP = {"vsd": {"steps": 2, "weighting": "dmd"}, "gradient_accumulation_steps": 2}
 RANGE = {"guidance_scale": [1.0, 3.0]}
+LATE = {**SUM, "vsd": {**SUM["vsd"], "share": 0.25}}  # interrupted just before VSD begins
 
 
-@pytest.mark.parametrize("changes", [{}, SUM, MULTISTEP, RANGE], ids=["vsd", "sCD + vsd", "multistep", "guidance range"])
+@pytest.mark.parametrize(
+    "changes", [{}, SUM, MULTISTEP, RANGE, LATE], ids=["vsd", "sCD + vsd", "multistep", "guidance range", "late"]
+)
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(values, tmp_path, changes):
     whole = run(values, **changes, output_dir=str(tmp_path / "whole"))
     parts = parse_recipe({**values, **changes, "output_dir": str(tmp_path / "parts")}, "test")
@@ -181,7 +184,8 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(values, tmp_path, ch
     for prefix in ("network.", "fake."):  # both were trained
         assert any(not torch.equal(start[key], expected[key]) for key in start if key.startswith(prefix))
     lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
-    assert all({"score_difference", "fake_loss"} <= line.keys() for line in lines if "loss" in line)
+    logged = [line for line in lines if "loss" in line and line["step"] > 4 * (1 - whole.recipe.vsd.share)]
+    assert logged and all({"score_difference", "fake_loss"} <= line.keys() for line in logged)
 
 
 def test_the_sum_has_the_gradients_of_both(values):
@@ -211,6 +215,28 @@ def test_the_teacher_is_guided_and_the_fake_score_is_not(values):
     assert ranged.fake.network.accepts_guidance and ranged.network.accepts_guidance
 
 
+def test_before_vsd_begins_a_run_is_one_without(values, tmp_path):
+    late = run({**values, **LATE, "output_dir": str(tmp_path / "late")})
+    assert {float(state["step"]) for state in late.fake.optimizer.state.values()} == {2.0}  # of one step
+    run({**values, **LATE, "vsd": None, "output_dir": str(tmp_path / "plain")})
+    for name in ("network.safetensors", "weighting.safetensors", "ema-0.safetensors"):
+        first, second = ((tmp_path / folder / "checkpoint-2" / name).read_bytes() for folder in ("late", "plain"))
+        assert first == second
+
+
+def test_the_log_has_the_means_of_the_steps_that_have_vsd(values, tmp_path):
+    changes = {**LATE, "vsd": {**SUM["vsd"], "share": 0.5}}
+
+    def logged(logging_steps):
+        folder = tmp_path / str(logging_steps)
+        run({**values, **changes, "output_dir": str(folder), "logging_steps": logging_steps})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line["fake_loss"] for line in lines if "fake_loss" in line]
+
+    each, whole = logged(1), logged(4)
+    assert len(each) == 2 and whole == [pytest.approx(sum(each) / 2)]
+
+
 def test_updates_of_the_fake_score(values):
     trainer = run(values, vsd={"fake_updates": 3, "fake_learning_rate": 2e-3}, max_train_steps=2)
     steps = {float(state["step"]) for state in trainer.fake.optimizer.state.values()}
@@ -229,6 +255,9 @@ def test_updates_of_the_fake_score(values):
         ({"vsd": {"steps": [1, 9]}}, "or a list of such numbers, got \\[1, 9\\]"),
         ({"vsd": {"fake_updates": 0}}, "vsd.fake_updates must be at least 1"),
         ({"vsd": {"weight": 0.0}}, "vsd.weight must be positive"),
+        ({"vsd": {"share": 0.5}}, "vsd.share belongs to objective distillation"),
+        ({"objective": "distillation", "vsd": {"share": 0.0}}, "vsd.share must be above 0 and at most 1, got 0.0"),
+        ({"objective": "distillation", "vsd": {"share": 1.5}}, "vsd.share must be above 0 and at most 1, got 1.5"),
         ({"target_half_life_images": 10.0}, "belongs to the consistency objectives"),
     ],
 )
