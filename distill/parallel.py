@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.recipe import Recipe
 from teachers import Teacher
 from teachers.networks import DiffusersDiT, DiffusersText, DiffusersUNet2D
+from teachers.networks.flash_attention import flash_attention_is_installed
 from teachers.pretrained import load_tensors
 
 OF_DIFFUSERS = (DiffusersDiT, DiffusersText, DiffusersUNet2D)
@@ -87,6 +88,10 @@ def check_launch(recipe: Recipe) -> None:
         raise ValueError(
             f"tangent.shared_primal needs one process, got {world}: torch.func.jvp cannot pass the forward of DDP or FSDP2; "
             "remove it"
+        )
+    if recipe.tangent.flash_attention and not (torch.cuda.is_available() and flash_attention_is_installed()):
+        raise ValueError(
+            "tangent.flash_attention needs a GPU and its packages, pip install triton jvp_flash_attention; remove it"
         )
     if recipe.compile is not None and is_sharded(recipe):
         raise ValueError(f"compile does not go with distributed: {kind}; use ddp, or remove it")

@@ -51,6 +51,7 @@ class TangentConfig:
     warmup_steps: int = 1000  # r goes 0 -> 1 over this many steps; 0: no warm-up
     rearrangement: bool = True  # false: differentiate first, multiply by cos t sin t afterwards
     shared_primal: bool = False  # one forward pass for the loss and the derivative: less work, more memory
+    flash_attention: bool = False  # attention's derivative by jvp_flash_attention's Triton kernel (a GPU, bf16)
 
 
 @dataclass
@@ -482,6 +483,8 @@ def check_targets(recipe: Recipe, where: str) -> None:
     segments, half_life = recipe.segments, recipe.target_half_life_images
     if recipe.tangent.shared_primal:
         check_shared_primal(recipe, where)
+    if recipe.tangent.flash_attention:
+        check_flash_attention(recipe, where)
     if half_life is not None and (half_life <= 0 or recipe.is_diffusion or recipe.objective == "vsd"):
         raise ValueError(f"{where}: target_half_life_images must be positive, and belongs to the consistency objectives")
     if segments is None:
@@ -513,6 +516,17 @@ def check_shared_primal(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: tangent.shared_primal belongs to the consistency objectives; remove it")
     if recipe.activation_checkpointing:
         raise ValueError(f"{where}: tangent.shared_primal does not go with activation_checkpointing; remove one of them")
+
+
+def check_flash_attention(recipe: Recipe, where: str) -> None:
+    """The kernel is for derivatives in half precision, without a graph and outside compiled code."""
+    if recipe.is_diffusion or recipe.objective == "vsd":
+        raise ValueError(f"{where}: tangent.flash_attention belongs to the consistency objectives; remove it")
+    if recipe.mixed_precision != "bf16":
+        raise ValueError(f"{where}: tangent.flash_attention needs mixed_precision: bf16, in fp32 it would round to TF32")
+    for key in ("tangent.shared_primal", "compile", "discrete_steps"):
+        if get_dotted(recipe, key) not in (None, False):
+            raise ValueError(f"{where}: tangent.flash_attention does not go with {key}; remove one of them")
 
 
 def check_vsd(recipe: Recipe, where: str) -> None:

@@ -21,6 +21,7 @@ from distill.recipe import Recipe, TangentConfig
 from distill.sampling import denoiser, exponential_adams
 from teachers import Teacher
 from teachers.condition import Condition
+from teachers.networks.flash_attention import flash_attention
 from teachers.networks.layers import PositionalEmbedding
 
 
@@ -286,7 +287,7 @@ class Consistency:
         cos_sin = t.cos() * t.sin()
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
-        with autocast(self.recipe, x_t.device):
+        with autocast(self.recipe, x_t.device), flash_attention(self.recipe.tangent.flash_attention):
             call = lambda x, time: network(x, time, labels, guidance)  # noqa: E731
             F, dF = jvp(call, (x_t, t), tangents, self.recipe.tangent.shared_primal, self.recipe.compile)
         F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from teachers.networks.flash_attention import fits_flash_attention, flash_attend
+
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in fp32 or better whose forward-mode derivative is written out.
@@ -172,11 +174,15 @@ FUSED_OR_MATH = [
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over ``(B, heads, tokens, head_dim)``, scaled by ``head_dim ** -0.5``.
 
-    It is torch's fused kernel, which has no forward-mode derivative; the tangent is :func:`attention_tangent`.
+    It is torch's fused kernel, which has no forward-mode derivative; the tangent is :func:`attention_tangent`, or where
+    :mod:`teachers.networks.flash_attention` is asked for, that kernel's.
     """
-    (q, t_q), (k, t_k), (v, t_v) = (fwAD.unpack_dual(x) for x in (q, k, v))
+    dual = q, k, v
+    (q, t_q), (k, t_k), (v, t_v) = (fwAD.unpack_dual(x) for x in dual)
     if t_q is None and t_k is None and t_v is None:
         return F.scaled_dot_product_attention(q, k, v)
+    if fits_flash_attention(q, k, v):
+        return flash_attend(*dual)
     # Around networks that call torch's function themselves, distill.jvp allows only the kernel with a derivative.
     with sdpa_kernel(FUSED_OR_MATH):
         out = F.scaled_dot_product_attention(q, k, v)
