@@ -1,6 +1,6 @@
 """Small teachers of diffusers' own classes, trained on MNIST as its users train theirs, and saved as pipeline folders.
 
-    python benchmarks/diffusers_teachers.py ddpm runs/teachers/ddpm   # UNet2DModel, DDPMScheduler, epsilon
+    python benchmarks/diffusers_teachers.py ddpm runs/teachers/ddpm   # UNet2DModel, DDPMScheduler, v
     python benchmarks/diffusers_teachers.py dit runs/teachers/dit     # DiTTransformer2DModel, DDIMScheduler, v
 
 Both are class-conditional. The training is diffusers' and torch's alone; ``teachers.load`` reads the folders. What they and
@@ -20,14 +20,12 @@ from distill.cpu import tune_cpu
 from distill.data import as_tensors, load_images
 from distill.recipe import DataConfig
 
-STEPS = {"ddpm": 1200, "dit": 1800}
-PREDICTIONS = {"ddpm": "epsilon", "dit": "v_prediction"}
+STEPS = {"ddpm": 4800, "dit": 1800}
 LEARNING_RATE, WARMUP = 2e-3, 100
 
 
-def build(kind: str, prediction: str | None = None) -> tuple[nn.Module, diffusers.SchedulerMixin]:
+def build(kind: str, prediction: str = "v_prediction") -> tuple[nn.Module, diffusers.SchedulerMixin]:
     """A network with random weights and its scheduler: ``ddpm`` (0.69M parameters) or ``dit`` (1.43M)."""
-    prediction = prediction or PREDICTIONS[kind]
     if kind == "ddpm":
         network = diffusers.UNet2DModel(
             sample_size=28, in_channels=1, out_channels=1, block_out_channels=(16, 32, 64), layers_per_block=1,
@@ -81,7 +79,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, help=f"training steps ({STEPS})")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), help=f"({PREDICTIONS})")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="v_prediction")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tune_cpu()

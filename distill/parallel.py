@@ -91,7 +91,7 @@ def check_launch(recipe: Recipe) -> None:
         )
     if recipe.tangent.flash_attention and not (torch.cuda.is_available() and flash_attention_is_installed()):
         raise ValueError(
-            "tangent.flash_attention needs a GPU and its packages, pip install triton jvp_flash_attention; remove it"
+            "tangent.flash_attention needs a GPU and its package (pip install --no-deps jvp_flash_attention); remove it"
         )
     if recipe.compile is not None and is_sharded(recipe):
         raise ValueError(f"compile does not go with distributed: {kind}; use ddp, or remove it")

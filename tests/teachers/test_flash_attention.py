@@ -115,7 +115,7 @@ def test_recipes_that_cannot_use_it(changes, message):
 
 @pytest.mark.skipif(CUDA, reason="for machines without a GPU")
 def test_it_needs_a_gpu():
-    with pytest.raises(ValueError, match="tangent.flash_attention needs a GPU and its packages"):
+    with pytest.raises(ValueError, match="tangent.flash_attention needs a GPU and its package"):
         Trainer(parse_recipe(FLASH, "test"))
 
 
