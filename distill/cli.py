@@ -20,6 +20,7 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
     if options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
+    check_writable(options.out)
     model = from_pretrained(options.source)
     labels = repeat_labels(options.labels, options.num)
     samples = model.sample(
@@ -36,7 +37,8 @@ def sample(options: argparse.Namespace) -> None:
         arrays = {"latents": samples.cpu().numpy()} if latents else {"images": to_uint8(samples)}
         arrays |= {} if used is None else {"labels": np.asarray(used)}
         write_atomically(options.out, lambda path: save_npz(path, arrays))
-    print(f"{options.num} images in {options.out}")
+    kind = "latents" if model.network.latents and options.vae is None else "images"
+    print(f"{options.num} {kind} in {options.out}")
 
 
 def save_npz(path: Path, arrays: dict) -> None:
@@ -51,20 +53,32 @@ def repeat_labels(labels: list[int] | None, num: int) -> list[int] | None:
     return None if labels is None else [labels[i % len(labels)] for i in range(num)]
 
 
+def check_writable(path: Path | None) -> None:
+    """Raise ``OSError`` unless a file could be written there: known before minutes of work."""
+    if path is None:
+        return
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} is not writable")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Metrics of a model, printed and optionally written as JSON."""
     from distill.evaluation import format_table
     from distill.model import DEFAULT_STEPS, from_pretrained
     from teachers.pretrained import write_atomically
 
+    check_writable(options.out)
     model = from_pretrained(options.source)
-    steps = options.steps or DEFAULT_STEPS[model.role]
+    steps = DEFAULT_STEPS[model.role] if options.steps is None else options.steps
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
         guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
         vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
     )  # fmt: skip
-    print(format_table({f"{options.source}, {steps} steps": scores}))
+    print(format_table({f"{options.source}, {steps} step{'s' * (steps != 1)}": scores}))
     if options.out is not None:
         write_atomically(options.out, lambda path: path.write_text(json.dumps(scores, indent=2)))
 
@@ -119,8 +133,9 @@ def convert_teacher(options: argparse.Namespace) -> None:
 
     teachers.pretrained.check_model_target(options.out_dir)
     model, config = teachers.load(options.source), teachers.load_config(options.source)
+    instead = ", in place of the one that was there" if (options.out_dir / "config.json").exists() else ""
     teachers.pretrained.write_model(options.out_dir, model, config)
-    print(f"model folder in {options.out_dir}")
+    print(f"model folder in {options.out_dir}{instead}")
 
 
 def precompute_latents(options: argparse.Namespace) -> None:

@@ -81,12 +81,16 @@ def export(
         print(f"warning: {name} is a teacher, not distilled: in a few steps it gives blurred means", file=sys.stderr)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     text = is_text_network(model)
-    if vae is not None and (format == "lora" or text or not model.latents):
+    if vae is not None and text:
+        raise ValueError("a student of text keeps the autoencoder of its teacher's pipeline; leave the VAE (--vae) out")
+    if vae is not None and (format == "lora" or not model.latents):
         raise ValueError("a VAE (--vae) belongs to a student of latents, in formats scm and diffusers; leave it out")
     if normalization is not None and (vae is None or format != "scm"):
         raise ValueError("a normalization (--normalization) belongs to format scm with a VAE (--vae); leave it out")
     if pipeline is not None and not (format == "diffusers" and text):
         raise ValueError("a pipeline (--pipeline) belongs to a student of text in format diffusers only; leave it out")
+    if text and format == "scm":
+        raise ValueError(TEXT_OBSTACLE)
     try:
         if format == "lora":
             write_lora(model, temporary, facts)
@@ -97,6 +101,10 @@ def export(
         replace_folder(target, temporary)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
+    except OSError as error:
+        if error.filename is None or not str(error.filename).startswith(str(temporary)):
+            raise
+        raise OSError(f"{folder} could not be written: {error.strerror}") from error  # without the temporary name
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Path(folder)
@@ -186,6 +194,10 @@ def write_lora(model: Teacher, folder: Path, facts: dict) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+TEXT_OBSTACLE = (
+    "a student of text needs the text encoders of its teacher's pipeline and leaves as that (format diffusers): distill "
+    "export SOURCE OUT_DIR --format diffusers"
+)
 CODE_LICENSE = "The licence above is that of the weights; the code in this folder is Apache-2.0"
 CODELESS_LICENSE = "The licence above is that of the weights; there is no code in this folder."
 VAE_LICENSE = " The VAE is a copy and under its own."

@@ -117,7 +117,34 @@ def check_jvp(network: Teacher, seed: int = 0, tolerance: float = 1e-3) -> float
             f"the forward-mode derivative of {type(network.native).__name__} is off by {error:.1e} (relative; "
             f"{tolerance:.0e} is allowed): a module drops or changes tangents, or rounds the time"
         )
+    check_time_derivative(network, x_t, t, labels, rng)
     return error
+
+
+def check_time_derivative(network: Teacher, x_t: Tensor, t: Tensor, labels, rng: RNGState) -> None:
+    """Raise :class:`ForwardModeError` if the native network differs between times and has no derivative in time: it rounds
+    the time, or looks it up in a table. Finite differences agree with that derivative, so they do not show it.
+    """
+    calls = []
+    hook = network.native.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            network(x_t, t, labels)
+    finally:
+        hook.remove()
+    (x, time, *condition), options = calls[0]
+
+    def at(time: Tensor) -> Tensor:
+        with replay_rng(rng):
+            return network.native(x, time, *condition, **options)
+
+    value, derivative = jvp(at, (time,), (torch.ones_like(time),))
+    with torch.no_grad():
+        if not derivative.any() and not torch.equal(at(time.flip(0)), value):
+            raise ForwardModeError(
+                f"{type(network.native).__name__} has no derivative in time, though it differs between times: it rounds the "
+                "time or looks it up in a table, and a consistency model needs one that is smooth in time"
+            )
 
 
 def traced_jvp(module: nn.Module, function: Callable, primals: tuple, tangents: tuple) -> Tensor:

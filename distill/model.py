@@ -10,7 +10,7 @@ from tqdm import tqdm
 import teachers
 from distill.latents import Decoder
 from distill.prompts import Prompts
-from distill.recipe import load_recipe
+from distill.recipe import MINIMUM_SAMPLES, load_recipe
 from distill.sampling import device_of, generate
 from teachers import Teacher
 from teachers.condition import Condition
@@ -50,6 +50,8 @@ class Model:
         """
         from distill.run import run  # the trainer is slow to import, and sampling does not need it
 
+        if "teacher" in overrides:
+            raise ValueError("teacher cannot be overridden: it is the model that is trained here; load another one")
         values = {key.replace("__", "."): value for key, value in overrides.items()}
         parsed = load_recipe(recipe, {**values, "teacher": self.network.source or "in memory"})
         if parsed.needs_velocity and self.role == "student":
@@ -182,10 +184,12 @@ class Model:
         follow their prompts is not measured.
 
         Raises:
-            FileNotFoundError, ValueError: as :meth:`sample`; or latents without an autoencoder.
+            FileNotFoundError, ValueError: as :meth:`sample`; fewer than 50 samples; latents without an autoencoder.
         """
         from distill.evaluation import build_reference, evaluate
 
+        if num < MINIMUM_SAMPLES:
+            raise ValueError(f"metrics need at least {MINIMUM_SAMPLES} samples, got {num}")
         if self.network.latents and vae is None:
             raise ValueError("the samples of this model are latents; scores are of images and need its autoencoder (vae)")
         decoder = None if vae is None else self.decoder(vae, normalization)

@@ -430,6 +430,8 @@ def check_consistency(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: guidance_scale belongs to objective distillation; remove it")
     if recipe.discrete_steps is not None and recipe.discrete_steps < 2:
         raise ValueError(f"{where}: discrete_steps must be 2 or more, or null for continuous time")
+    if not 0 <= recipe.seed < 2**63:
+        raise ValueError(f"{where}: seed must be from 0 to 2^63 - 1, got {recipe.seed}")
     check_targets(recipe, where)
     check_lora(recipe, where)
     check_vsd(recipe, where)

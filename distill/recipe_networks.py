@@ -13,6 +13,7 @@ from distill.sampling import device_of
 from teachers import PRESETS, Parameterization, Teacher, load, load_config, probe
 from teachers.condition import Condition, fits
 from teachers.networks import build, is_registered
+from teachers.pretrained import TOLERABLE_SPEED, time_embedding_speed
 from teachers.probe import num_probed
 from teachers.retrofit import retrofit
 
@@ -210,6 +211,17 @@ def teacher_verdicts(
         images, labels = (None, None) if data is None else few_images(data, num, recipe, device_of(network))
         verdicts.append(f"{name}: {probe(network, images, labels if network.is_conditional else None)['verdict']}")
     return verdicts
+
+
+def time_warnings(student: Teacher) -> list[str]:
+    """One warning if the student embeds the time more steeply than a derivative along the PF-ODE is good with."""
+    speed = time_embedding_speed(student)
+    if speed is None or speed <= TOLERABLE_SPEED:
+        return []
+    return [
+        f"warning: the student's time embedding turns at a speed of {speed:.2g}, above {TOLERABLE_SPEED:g}: it may end "
+        "worse or diverge; run objective retrofit first and name its result as student"
+    ]
 
 
 def few_images(data: Dataset, n: int, recipe: Recipe, device: torch.device) -> tuple[Tensor, Condition | None]:

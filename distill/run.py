@@ -33,6 +33,7 @@ from distill.evaluation import (
     recipe_reference,
 )
 from distill.evaluation.features import default_features, load_features
+from distill.export import TEXT_OBSTACLE
 from distill.failures import Watch, report_crash, report_error
 from distill.jvp import check_jvp
 from distill.lora import write_adapters
@@ -41,9 +42,17 @@ from distill.parallel import check_launch, start_processes, world_size
 from distill.plan.memory import Memory, fit_to_device
 from distill.prompts import Prompts
 from distill.recipe import Recipe, load_recipe, parse_overrides
-from distill.recipe_networks import build_student, build_teacher, load_pretrained, load_velocity_teacher, teacher_verdicts
+from distill.recipe_networks import (
+    build_student,
+    build_teacher,
+    load_pretrained,
+    load_velocity_teacher,
+    teacher_verdicts,
+    time_warnings,
+)
 from distill.sampling import count_evaluations, generate, search_times
 from distill.schedule import student_times
+from distill.text_pipeline import is_text_network
 from distill.trainer import (
     Trainer,
     TrainingError,
@@ -73,6 +82,8 @@ def run(recipe: Recipe, pretrained: Teacher | None = None) -> Model:
     trainer = Trainer(recipe, pretrained)
     sure = recipe.is_diffusion or is_ours(trainer.student.native)  # nothing to export, or nothing in its way
     obstacle = None if sure else export_obstacle(ordinary_student(trainer).native)
+    if not recipe.is_diffusion and is_text_network(trainer.student):
+        obstacle = TEXT_OBSTACLE
     if obstacle is not None:
         trainer.print(f"warning: no pipeline will be written: {obstacle}")
     trainer.train()
@@ -236,14 +247,21 @@ def check(recipe: Recipe) -> str:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     part = "" if recipe.lora is None else f", of which {trained:,} are trained"
     lines = [
-        f"recipe is valid: {recipe.objective}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
+        f"recipe is valid: {objective(recipe)}, {recipe.max_train_steps} steps of {recipe.train_batch_size}",
         f"network: {type(student.native).__name__}, {parameters:,} parameters{part}",
         memory_line(recipe, memory),
     ]
     lines += verdicts
     if jvp_error is not None:
+        lines += time_warnings(student)
         lines.append(f"derivative along the PF-ODE: within {jvp_error:.0e} of finite differences")
     return "\n".join(lines + ([f"note: {recipe.notes}"] if recipe.notes else []))
+
+
+def objective(recipe: Recipe) -> str:
+    """Its name and the optional sections that the recipe has: an override of one of their keys brings in all of one."""
+    there = [key for key in ("segments", "vsd", "lora") if getattr(recipe, key) is not None and key != recipe.objective]
+    return recipe.objective + (f" with {' and '.join(there)}" if there else "")
 
 
 def memory_line(recipe: Recipe, memory: Memory | None) -> str:

@@ -33,7 +33,8 @@ def seeded_noise(model: Teacher, seeds: list[int]) -> SampleNoise:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    """Where the weights are; the CPU if there are none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -111,13 +112,28 @@ def check_condition(model: Teacher, labels: Condition | Prompts | list[int] | No
         if model.num_classes is not None:
             raise ValueError(f"this model is class-conditional and needs labels 0 to {model.num_classes - 1}")
         return None
-    labels = torch.as_tensor(labels, dtype=torch.long, device=device_of(model))
+    labels = integers(labels).to(device_of(model))
     if labels.shape != (num,):
         raise ValueError(f"{num} samples need {num} labels, got {labels.numel()}")
     model.check_labels(labels)
     if (labels == model.num_classes).any():  # the null class is for guidance; a student was never trained on it
         raise ValueError(f"label {model.num_classes} is out of range: this model has classes 0 to {model.num_classes - 1}")
     return labels
+
+
+def integers(labels) -> Tensor:
+    """Labels as a tensor of integers.
+
+    Raises:
+        ValueError: they are something else, which torch would refuse in its own words, or round.
+    """
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels!r}")
+    return tensor.long()
 
 
 def check_prompts(model: Teacher, prompts: Embeddings | Prompts | None, num: int) -> Embeddings | Prompts:

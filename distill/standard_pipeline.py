@@ -52,7 +52,8 @@ def ddpm_pipeline(model: Teacher, facts: dict, vae: str | Path | None):
     refuse_vae(vae)
     if model.num_classes is not None:
         raise ValueError(f"DDPMPipeline has no labels and cannot sample a class-conditional network; {INSTEAD}")
-    pipe = diffusers.DDPMPipeline(copy_network(model, diffusers.UNet2DModel), lcm_scheduler(model))
+    scheduler = lcm_scheduler(model)
+    pipe = diffusers.DDPMPipeline(copy_network(model, diffusers.UNet2DModel), scheduler)
     call = "batch_size=4, num_inference_steps=2, generator=torch.Generator().manual_seed(0)"
     return pipe, {}, f"{lcm_lines(model, facts)}images = pipe({call}).images"
 
@@ -167,8 +168,9 @@ def read_vae(model: Teacher, facts: dict, vae: str | Path | None) -> diffusers.A
     source = teacher if vae is None else vae
     folder = None if source is None else vae_folder(source).resolve()
     if vae is None and (folder is None or folder.name != "vae"):
+        looked = "what the network was loaded from" if teacher is None else f"the teacher {teacher!r}"
         raise ValueError(
-            f"DiTPipeline needs the VAE of its latents, and the teacher {teacher!r} is no pipeline folder that has it; name "
+            f"DiTPipeline needs the VAE of its latents, and {looked} is no pipeline folder that has it; name "
             f"its folder (--vae FOLDER) or {INSTEAD}"
         )
     found = load_vae(folder)

@@ -17,13 +17,14 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, SCMScheduler
 
-from distill.standard_pipeline import INSTEAD, ddpm_steps, lcm_scheduler, recommended_times
+from distill.standard_pipeline import ddpm_steps, lcm_scheduler, recommended_times
 from teachers import Teacher, hub
 from teachers.diffusers import COMPONENTS, INDEX, is_diffusers_folder, read_json
 
 LINKED = (".safetensors", ".bin")  # files large enough to be worth it
 SPRINT = "SanaSprintPipeline"
 VIDEO = "WanTransformer3DModel"
+HERE = "it can be sampled here only (distill sample)"
 # Pipelines whose classifier-free guidance is not switched off by guidance_scale=1.
 GUIDANCE_OFF = {"QwenImageTransformer2DModel": "true_cfg_scale=1.0"}
 
@@ -50,7 +51,7 @@ def few_steps(model: Teacher, facts: dict) -> FewSteps:
     convention = model.parameterization
     times = recommended_times(model, facts)
     if convention.time == "trigflow":
-        raise ValueError(f"this student's time embedding is not its pipeline's (objective retrofit); {INSTEAD}")
+        raise ValueError(f"this student's time embedding is not its pipeline's (objective retrofit); {HERE}")
     if convention.family != "flow":
         steps = {n: ddpm_steps(model, found) for n, found in times.items()}
         lines = f"{LCM_LINE}timesteps = {steps}  # by number of steps\n"
@@ -87,7 +88,7 @@ def sprint_steps(model: Teacher, levels: dict[int, list[float]]) -> FewSteps:
     """
     if model.parameterization.time_scale != 1.0:
         scale = model.parameterization.time_scale
-        raise ValueError(f"{SPRINT} takes a network with times from 0 to 1, this student's go up to {scale:g}; {INSTEAD}")
+        raise ValueError(f"{SPRINT} takes a network with times from 0 to 1, this student's go up to {scale:g}; {HERE}")
     times = {n: [round(math.atan2(s, 1 - s), 4) for s in found] for n, found in levels.items()}
     lines = (
         f"timesteps = {times}  # by number of steps\n"
@@ -145,7 +146,7 @@ def teacher_pipeline(model: Teacher, facts: dict, pipeline: str | Path | None) -
         which = f"{str(named)!r} is no pipeline folder" if named else "it is not known"
         raise ValueError(
             f"a {name} goes into its teacher's pipeline, which has the text encoders, but {which}; name it "
-            f"(--pipeline FOLDER) or {INSTEAD}"
+            f"(--pipeline FOLDER)"
         )
     index = read_json(folder / INDEX)
     component = next((key for key in COMPONENTS if index.get(key) == ["diffusers", name]), None)

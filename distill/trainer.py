@@ -43,6 +43,7 @@ from distill.recipe_networks import (
     load_velocity_teacher,
     set_dropout,
     teacher_verdicts,
+    time_warnings,
 )
 from distill.sampling import evaluation_mode, generate
 from distill.visual import plot_curves, save_grid
@@ -342,6 +343,8 @@ class Trainer:
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
         for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
             self.print(verdict)
+        for warning in time_warnings(self.network) if uses_derivative(recipe) else ():
+            self.print(warning)
         if not own:
             return data
         # One process draws them and the others read what it drew, unless all hold a part of the teacher.

@@ -63,6 +63,12 @@ class Teacher(nn.Module):
         super().__init__()
         if label_format not in LABEL_FORMATS:
             raise ValueError(f"label_format is {label_format!r}; allowed: {', '.join(LABEL_FORMATS)}")
+        if not isinstance(parameterization, Parameterization):
+            raise ValueError(
+                f"parameterization must be a teachers.Parameterization, such as teachers.VP_V, got {parameterization!r}"
+            )
+        if len(tuple(sample_shape)) not in (3, 4):
+            raise ValueError(f"sample_shape must be (C, H, W), or (C, F, H, W) for videos, got {tuple(sample_shape)}")
         if sigma_data <= 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}")
         self.native = native

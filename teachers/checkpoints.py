@@ -271,5 +271,5 @@ def choose_family(tensors: dict[str, Tensor], hint: str | None, path: Path) -> F
         raise ValueError(f"{path} can be each of {names}, which its tensors do not tell apart: write {example} or another "
                          f"of them into {hint_path(path)}")  # fmt: skip
     if hint is not None and hint not in fitting:
-        raise ValueError(f"{path} cannot be a {hint}: its tensors fit {names}")
+        raise ValueError(f"{path} cannot be of kind {hint}: its tensors fit {names}")
     return fitting[hint or names]

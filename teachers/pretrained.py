@@ -40,6 +40,7 @@ READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, di
 # at most.
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.arange)
 TABLES = 2**22
+ROLES = ("teacher", "student")
 TOLERABLE_SPEED = 1.0  # of a time embedding that a student is differentiated through
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
 
@@ -174,7 +175,7 @@ def is_size(value) -> bool:
 
 # What every config must hold: key -> (in words, the test).
 CONFIG_KEYS: dict[str, tuple[str, Callable]] = {
-    "role": ("teacher or student", lambda v: v in ("teacher", "student")),
+    "role": ("teacher or student", lambda v: v in ROLES),
     "network": ("a name", lambda v: isinstance(v, str)),
     "network_config": ("a mapping", lambda v: isinstance(v, dict)),
     "parameterization": ("a mapping", lambda v: isinstance(v, dict)),
@@ -381,6 +382,8 @@ def write_weights(folder: Path, model: Teacher) -> None:
 def model_config(model: Teacher, role: str, **extra) -> dict:
     """The ``config.json`` of a model; see :func:`save_pretrained`."""
     check_registered(model.native)
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}; allowed: {', '.join(ROLES)}")
     facts = {"format": FORMAT, "version": VERSION, "role": role, "network": type(model.native).__name__}
     return {**facts, "network_config": model.native.config, **model.metadata(), **extra}
 
@@ -410,7 +413,8 @@ def write_atomically(path: Path, write) -> None:
         temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error  # the rest of the message is the temporary file's name
+        raise OSError(f"{path} could not be written: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teachers.base import Teacher
 from teachers.condition import Condition
@@ -69,7 +69,7 @@ class Fit(NamedTuple):
 
 def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | None = None) -> dict:
     """Check that the teacher's network denoises under its parameterization, and if not, whether it does under another one
-    of the same family (other prediction, other time, time scaled by 1000 or 1/1000).
+    of the same family (other prediction or sign, other time, time scaled by 1000 or 1/1000).
 
     Guidance is left out. The teacher is refused only if another parameterization fits; one that denoises badly under all
     of them may be a poor teacher, or untrained, and gets a verdict that says so.
@@ -83,7 +83,8 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
         ``denoising_error`` by time, ``judged_on`` (``real images`` or ``its own samples``) and ``verdict``, a sentence.
 
     Raises:
-        ValueError: with the errors under the given and under the better parameterization.
+        ValueError: with the errors under the given and under the better parameterization; or a network whose output is not
+            finite.
     """
     own = fit(teacher, images, labels)
     facts = {
@@ -93,13 +94,18 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
     }
     if own.worst <= (LIMIT if images is None else CLEAR):
         return facts
-    fits = [(p, fit_of_sibling(teacher, p, images, labels)) for p in siblings(teacher.parameterization)]
-    p, best = min(fits, key=lambda item: (not item[1].denoises, item[1].mean))
+    fits = [(other, fit_of_twin(twin, images, labels)) for other, twin in twins(teacher)]
+    other, best = min(fits, key=lambda item: (not item[1].denoises, item[1].mean))
     if best.denoises and best.mean * (MUCH_BETTER if own.denoises else BETTER) < own.mean:
         raise ValueError(
             f"{teacher.source or 'this teacher'} denoises badly under its parameterization "
             f"{name(teacher.parameterization)}: {describe(own)}; "
-            f"under {name(p)} it is {listed(best.errors)}, so that is likely the right one"
+            f"under {other} it is {listed(best.errors)}, so that is likely the right one"
+        )
+    if math.inf in own.errors and (images is None or images.std() > 0):
+        raise ValueError(
+            f"{teacher.source or 'this teacher'} gives NaN or infinite values: its denoising error is "
+            f"{listed(own.errors)} at t = {', '.join(map(str, PROBE_TIMES))}"
         )
     return facts
 
@@ -108,11 +114,16 @@ def verdict(own: Fit) -> str:
     """Of a network that does not denoise better under another parameterization."""
     if own.worst > LIMIT:
         return (
-            f"it denoises badly, as it does under the others of its family: {describe(own)}; it may be little trained, or "
-            "its input scale, its labels or the family itself may be wrong"
+            f"warning: it denoises badly, as it does under the others of its family: {describe(own)}; it may be little "
+            "trained, or its input scale, its labels or the family itself may be wrong"
         )
     if own.mean > IGNORANT:
-        return f"it denoises no better than knowing the data's mean and spread, so it is probably untrained: {describe(own)}"
+        return (
+            f"warning: it denoises no better than knowing the data's mean and spread, so it is probably untrained: "
+            f"{describe(own)}"
+        )
+    if own.worst > 1.05:  # below that it is chance
+        return f"its parameterization may fit, though some errors are above 1: {describe(own)}"
     return f"its parameterization fits: {describe(own)}"
 
 
@@ -134,10 +145,32 @@ def times_with_the_constants_of(p: Parameterization) -> list[str]:
     return [time for time in usual if time != "trigflow" or p.time == time]
 
 
-def fit_of_sibling(teacher: Teacher, p: Parameterization, images: Tensor | None, labels: Condition | None) -> Fit:
+class Negated(nn.Module):
+    """A network whose output has the other sign."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        for key in ("text_condition", "guidance_embedding", "null_class"):
+            if hasattr(network, key):
+                setattr(self, key, getattr(network, key))
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return -self.network(*args, **kwargs)
+
+
+def twins(teacher: Teacher) -> list[tuple[str, Teacher]]:
+    """The same network as it would be under other parameterizations, and with its output negated, each with its name."""
+    own = teacher.parameterization
+    found = [(name(p), teacher.twin(parameterization=p, guidance_scale=1.0)) for p in siblings(own)]
+    negated = teacher.twin(native=Negated(teacher.native), guidance_scale=1.0)
+    return [*found, (f"{name(own)} with the sign of its output changed", negated)]
+
+
+def fit_of_twin(twin: Teacher, images: Tensor | None, labels: Condition | None) -> Fit:
     """:func:`fit` under another parameterization, which may give the network times that it cannot take."""
     try:
-        return fit(teacher.twin(parameterization=p, guidance_scale=1.0), images, labels)
+        return fit(twin, images, labels)
     except (RuntimeError, IndexError, ValueError, AssertionError):
         return Fit([math.inf] * len(PROBE_TIMES))
 

@@ -16,10 +16,10 @@ SOURCES: dict[type[nn.Module], tuple[str, str]] = {}
 def register(cls: type[nn.Module]) -> type[nn.Module]:
     """Enter a network class of your own under its name; the class comes back, so this is a decorator too.
 
-    Every network of the class that is made afterwards, however it is called, keeps its constructor arguments as
-    ``.config`` and can be built again from them. They must be plain: numbers, strings, booleans, ``None``, or lists and
-    dicts of those (a tuple is kept as a list). Where a saved model is loaded, the module that registers its class must have
-    been imported.
+    Every network of the class that is made afterwards, however it is called, keeps its constructor arguments, plain defaults
+    included, as ``.config`` and can be built again from them. They must be plain: numbers, strings, booleans, ``None``, or
+    lists and dicts of those (a tuple is kept as a list). Where a saved model is loaded, the module that registers its class
+    must have been imported.
 
     >>> @teachers.register
     ... class MixerScore(nn.Module): ...
@@ -60,13 +60,15 @@ def record_arguments(cls: type[nn.Module]) -> None:
     """Make the constructor of ``cls`` keep its arguments; that of a subclass, which calls it, keeps its own or none."""
     original = cls.__init__
     signature = inspect.signature(original)
+    # They may be edited before the model is loaded again.
+    defaults = {p.name: plain(p.default, p.name) for p in signature.parameters.values() if is_plain(p.default)}
 
     @functools.wraps(original)
     def recording(self, *args, **kwargs):
         if type(self) is not cls:
             return original(self, *args, **kwargs)
         given = list(signature.bind(self, *args, **kwargs).arguments.items())[1:]
-        config = {name: plain(value, f"{cls.__name__}: {name}") for name, value in given}
+        config = {**defaults, **{name: plain(value, f"{cls.__name__}: {name}") for name, value in given}}
         original(self, *args, **kwargs)
         if hasattr(self, "config"):
             raise ValueError(f"{cls.__name__} has an attribute config, where its arguments would be kept; rename it")

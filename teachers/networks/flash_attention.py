@@ -4,6 +4,7 @@ It computes what :func:`teachers.networks.layers.attend` computes, without readi
 asks for it by ``tangent.flash_attention``.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,9 @@ def flash_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over dual tensors ``(B, heads, tokens, head_dim)``, scaled by ``head_dim ** -0.5``; a missing
     tangent is zero.
     """
-    from jvp_flash_attention.jvp_attention import JVPAttn
-
-    return JVPAttn.fwd_dual(*(with_tangent(x) for x in (q, k, v)))
+    # By name: where diffusers reads an import in an exported pipeline's code, it asks its user to install the package.
+    kernel = importlib.import_module("jvp_flash_attention.jvp_attention").JVPAttn
+    return kernel.fwd_dual(*(with_tangent(x) for x in (q, k, v)))
 
 
 def with_tangent(x: Tensor) -> Tensor:

@@ -146,6 +146,10 @@ def test_every_verb_shows_an_example(verb, capsys):
          "'mnist-edm-scm' is a student"),
         (["evaluate", "mnist-edm-scm", "--guidance-scale", "2", "--guidance-teacher", "mnist-flow"], "for a teacher"),
         (["evaluate", "mnist-edm-scm", "--num", "60", "--solver", "dpmpp_2m"], "a student solves no ODE"),
+        (["evaluate", "mnist-edm-scm", "--num", "60", "--steps", "0", "--data", "DIGITS"], "1 to 8, got 0"),
+        (["evaluate", "mnist-edm-scm", "--num", "49"], "metrics need at least 50 samples, got 49"),
+        (["evaluate", "mnist-edm-scm", "--out", "/dev/null/x.json"], "x.json cannot be written: /dev/null is a file"),
+        (["sample", "mnist-edm-scm", "--out", "/dev/null/x.png"], "x.png cannot be written: /dev/null is a file"),
         (["evaluate", "mnist-edm", "--num", "60", "--features", "inception"], "allowed: MNIST-CNN, pixels"),
         (["evaluate", "mnist-edm", "--num", "60", "--data", "no-such/mnist"], "data source 'no-such/mnist' does not exist"),
         (["evaluate", "mnist-edm", "--num", "60", "--data", "hf://no-such/mnist"], "'hf://no-such/mnist' does not exist"),
@@ -154,9 +158,9 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["teachers", "inspect", "google/ddpm-cifar10-32"], "it would be hf://google/ddpm-cifar10-32"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch, digits):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 1
+    assert cli.main([digits if argument == "DIGITS" else argument for argument in arguments]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
     assert not list(tmp_path.iterdir())
@@ -178,6 +182,8 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (["mnist.yaml", "output_dir=LICENSE/run", "--check"], "LICENSE is a file"),
         (["mnist-tangent.yaml", "train_batch_size=10000000", "--check"], "GB can be used; what would fit: "),
         (["mnist.yaml", "resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint"),
+        (["mnist.yaml", "seed=-1", "--check"], "seed must be from 0 to 2^63 - 1, got -1"),
+        (["mnist.yaml", "seed=99999999999999999999", "--check"], "seed must be from 0 to 2^63 - 1"),
     ],
 )
 def test_recipe_mistakes_are_one_line(arguments, message, capsys):
@@ -253,6 +259,14 @@ def test_so_are_those_that_give_guidance_or_a_velocity(mistaken, capsys):
         assert "mistaken denoises badly under its parameterization" in capsys.readouterr().err
         assert run.main([argument.replace(mistaken, "mnist-flow") for argument in arguments] + ["--check"]) == 0
         assert f"{arguments[-1].split('_')[0]} teacher: its parameterization fits" in capsys.readouterr().out
+
+
+def test_check_names_sections_and_warns_of_a_steep_time(capsys):
+    """An override of ``vsd.share`` alone brings in all of VSD."""
+    assert run.main(["mnist.yaml", "vsd.share=0.5", "--check"]) == 0
+    assert "recipe is valid: distillation with segments and vsd, 440 steps of 64\n" in capsys.readouterr().out
+    assert run.main(["mnist-edm2.yaml", "student=null", "--check"]) == 0
+    assert "warning: the student's time embedding turns at a speed of 2, above 1: it may" in capsys.readouterr().out
 
 
 def test_inspect_tells_whether_a_teacher_denoises(model, capsys):

@@ -200,3 +200,25 @@ def test_attention_of_foreign_networks_is_passed():
 def test_networks_that_cannot_be_differentiated_are_named(layer, message):
     with pytest.raises(ForwardModeError, match=message):
         check_jvp(wrap(layer).train())
+
+
+class Stepwise(nn.Module):
+    """A network whose time has no derivative: rounded, or looked up by its integer."""
+
+    def __init__(self, table: bool):
+        super().__init__()
+        self.scale = nn.Embedding(4, 1) if table else nn.Linear(1, 1)
+
+    def forward(self, x, t):
+        steps = (t * 2).round()
+        scale = self.scale(steps.long() if isinstance(self.scale, nn.Embedding) else steps[:, None])
+        return x.sin() * scale[:, :, None, None]
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["rounded", "table"])
+def test_a_time_without_a_derivative_is_named(table):
+    """Differences over small distances agree with a derivative of zero."""
+    torch.manual_seed(0)
+    network = teachers.wrap(Stepwise(table), teachers.TRIGFLOW, 0.5, (1, 8, 8)).eval()
+    with pytest.raises(ForwardModeError, match="Stepwise has no derivative in time, though it differs between times"):
+        check_jvp(network)

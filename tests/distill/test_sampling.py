@@ -195,6 +195,8 @@ def test_search_moves_every_intermediate_time():
         (dict(times=[2.0]), r"within \(0, pi/2\]"),
         (dict(labels=torch.tensor([0, 9])), "label 9 is out of range"),
         (dict(labels=torch.tensor([0])), "2 samples need 2 labels, got 1"),
+        (dict(labels=[0.5, 1.5]), r"labels must be integers, got \[0.5, 1.5\]"),
+        (dict(labels=["a", "b"]), "labels must be integers"),
         (dict(labels=None), "class-conditional and needs labels"),
         (dict(guidance=2.0), "fixed guidance scale"),
     ],

@@ -18,6 +18,7 @@ from distill.sampling import consistency_sample, sample_student
 from distill.standard_pipeline import ddpm_steps, noise_levels, recommended_times
 from teachers import openai
 from teachers.networks import build
+from teachers.retrofit import retrofit
 
 OPENAI = dict(
     image_size=8, num_channels=32, num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[4], num_head_channels=16,
@@ -325,7 +326,8 @@ def with_time(student, **changes):
         (lambda: unet_student(num_class_embeds=5), "DDPMPipeline has no labels .*--format scm"),
         (lambda: with_time(unet_student(), time="log_snr", schedule=None), "of DDPM's steps, not vp v at time 'log_snr'; "),
         (lambda: with_time(openai_student(), time_scale=1.0), "time 250 log.sigma. only; .*--format scm"),
-        (lambda: dit_student(), "needs the VAE of its latents, and the teacher None is no pipeline .*--vae FOLDER.*scm"),
+        (lambda: dit_student(), "VAE of its latents, and what the network was loaded from is no pipe.*--vae FOLDER.*scm"),
+        (lambda: retrofit(unet_student()), "take a DiffusersUNet2D of DDPM's steps, not vp v at time .trigflow"),
     ],
 )
 def test_what_has_no_pipeline_is_one_sentence(tmp_path, make, message):

@@ -168,6 +168,10 @@ def test_any_module_in_one_line():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="label_format is 'words'"):
         teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.5, (1, 8, 8), 3, "words")
+    with pytest.raises(ValueError, match="must be a teachers.Parameterization, such as teachers.VP_V, got 'VP_V'"):
+        teachers.wrap(torch.nn.Identity(), "VP_V", 0.5, (1, 8, 8))
+    with pytest.raises(ValueError, match=r"sample_shape must be \(C, H, W\), or .* got \(8, 8\)"):
+        teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.5, (8, 8))
     with pytest.raises(ValueError, match="sigma_data must be positive"):
         teachers.wrap(torch.nn.Identity(), teachers.EDM, 0.0, (1, 8, 8))
 

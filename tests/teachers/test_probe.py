@@ -11,7 +11,7 @@ from distill.data import load_images
 from distill.recipe import DataConfig
 from teachers import Parameterization
 
-siblings, name = (getattr(sys.modules["teachers.probe"], key) for key in ("siblings", "name"))
+siblings, name, Negated = (getattr(sys.modules["teachers.probe"], key) for key in ("siblings", "name", "Negated"))
 
 SD = 0.9  # about that of the mixture
 EXACT = [
@@ -68,7 +68,7 @@ def test_errors_in_closed_form(points):
 
     facts = teachers.probe(teachers.wrap(Linear(), teachers.EDM_DENOISER, SD, (2, 1, 1)), points)
     assert all(abs(error - 1) < 0.05 for error in facts["denoising_error"].values())
-    assert facts["verdict"].startswith("it denoises no better than knowing the data's mean and spread, so it is probably")
+    assert facts["verdict"].startswith("warning: it denoises no better than knowing the data's mean and spread")
 
     class Zero(torch.nn.Module):
         def forward(self, x, sigma):
@@ -79,7 +79,7 @@ def test_errors_in_closed_form(points):
     for t, error in facts["denoising_error"].items():
         sigma = SD * math.tan(t)
         assert abs(error / (rms * math.hypot(s, sigma) / (s * sigma)) - 1) < 0.01
-    assert facts["verdict"].startswith("it denoises badly, as it does under the others of its family")
+    assert facts["verdict"].startswith("warning: it denoises badly, as it does under the others of its family")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,22 @@ def test_bundled_teachers_pass_and_their_mistakes_are_named(source, digits):
         mistaken = teachers.wrap(teacher.native, reversed_time, teacher.sigma_data, teacher.sample_shape, 10)
         with pytest.raises(ValueError, match="own samples .* under RECTIFIED_FLOW it is 0."):
             teachers.probe(mistaken)
+
+
+@pytest.mark.parametrize("source", ["mnist-edm", "mnist-flow"])
+def test_an_output_of_the_other_sign_is_named(source, digits):
+    teacher = teachers.load(source)
+    mistaken = teacher.twin(native=Negated(teacher.native), source=None)
+    with pytest.raises(ValueError, match=r"; under .*(with the sign of its output changed|-velocity.*) it is 0\."):
+        teachers.probe(mistaken, *digits)
+
+
+def test_an_output_that_is_not_finite_is_refused(make_teacher, digits):
+    teacher = make_teacher("SiT")
+    teacher.native.final_layer.linear.bias.data[0] = math.nan
+    for images in ((), (torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))):
+        with pytest.raises(ValueError, match="this teacher gives NaN or infinite values: its denoising error is inf"):
+            teachers.probe(teacher, *images)
 
 
 def test_guidance_is_left_out_and_nothing_is_changed(digits):
@@ -147,13 +163,3 @@ class Table(torch.nn.Module):
 def test_a_sibling_that_cannot_be_called_is_passed_over(points):
     facts = teachers.probe(teachers.wrap(Table(), teachers.TRIGFLOW, SD, (2, 1, 1)), points)
     assert "denoises badly" in facts["verdict"]
-
-
-def test_a_network_that_is_not_finite_is_told(points):
-    class Nothing(torch.nn.Module):
-        def forward(self, x, time):
-            return x * torch.nan
-
-    teacher = teachers.wrap(Nothing(), teachers.EDM, SD, (2, 1, 1))
-    for images in ((), (points,)):
-        assert "denoising error inf" in teachers.probe(teacher, *images)["verdict"]

@@ -48,7 +48,7 @@ def wrap(native):
 
 
 def test_arguments_are_kept_however_they_are_given(net):
-    assert net((3, 1), 2.0).config == {"widths": [3, 1], "gain": 2.0}
+    assert net((3, 1), 2.0).config == {"widths": [3, 1], "gain": 2.0, "options": None}
     assert net(gain=2.0, widths=[3], options={"a": (None, True)}).config == {
         "gain": 2.0, "widths": [3], "options": {"a": [None, True]}
     }  # fmt: skip
