@@ -585,15 +585,18 @@ def section_keys(hints: dict, key: str) -> list[str]:
     return [f"{name}.{key}" for name, cls in sections.items() if cls and key in typing.get_type_hints(cls)]
 
 
+WORDS = {float: "a number", int: "an integer", bool: "true or false", str: "text", dict: "a mapping", type(None): "null"}
+
+
 def describe(hint) -> str:
     """A type in words: a section is a mapping."""
     if isinstance(hint, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"a list of {describe(*typing.get_args(hint))}"
+        return f"a list, each item {describe(*typing.get_args(hint))}"
     if dataclasses.is_dataclass(hint):
         return "a mapping"
-    return "null" if hint is type(None) else hint.__name__
+    return WORDS.get(hint, hint.__name__)
 
 
 def parse_value(hint, value, where: str, key: str):

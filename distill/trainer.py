@@ -174,6 +174,8 @@ class Trainer:
         self.teacher = build_teacher(recipe, pretrained)
         network = build_student(recipe, pretrained)
         self.velocity_teacher = load_velocity_teacher(recipe, pretrained)
+        for warning in time_warnings(network) if uses_derivative(recipe) else ():
+            self.print(warning)
         frozen = self.teacher or self.velocity_teacher
         self.license = license_of(pretrained or frozen)
         guide = None if self.teacher is None else self.teacher.guidance_teacher
@@ -343,8 +345,6 @@ class Trainer:
         data = None if own else training_data(recipe, self.teacher, cache, self.prompts)
         for verdict in teacher_verdicts(recipe, self.teacher, self.velocity_teacher, data):
             self.print(verdict)
-        for warning in time_warnings(self.network) if uses_derivative(recipe) else ():
-            self.print(warning)
         if not own:
             return data
         # One process draws them and the others read what it drew, unless all hold a part of the teacher.
