@@ -79,7 +79,7 @@ def test_it_is_saved_and_loaded_and_made_a_student(tmp_path):
 
 def test_what_cannot_be_retrofitted_says_so():
     with pytest.raises(ValueError, match="Linear is not one of our networks"):
-        retrofit(teachers.wrap(torch.nn.Linear(2, 2), teachers.EDM, 0.5, (2,)))
+        retrofit(teachers.wrap(torch.nn.Linear(2, 2), teachers.EDM, 0.5, (1, 2, 2)))
     with pytest.raises(ValueError, match="has a smooth time embedding already"):
         retrofit(retrofit(edm2_teacher()))
 
