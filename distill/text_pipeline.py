@@ -146,7 +146,7 @@ def teacher_pipeline(model: Teacher, facts: dict, pipeline: str | Path | None) -
         which = f"{str(named)!r} is no pipeline folder" if named else "it is not known"
         raise ValueError(
             f"a {name} goes into its teacher's pipeline, which has the text encoders, but {which}; name it "
-            f"(--pipeline FOLDER)"
+            "(--pipeline FOLDER)"
         )
     index = read_json(folder / INDEX)
     component = next((key for key in COMPONENTS if index.get(key) == ["diffusers", name]), None)

@@ -119,7 +119,7 @@ def verdict(own: Fit) -> str:
         )
     if own.mean > IGNORANT:
         return (
-            f"warning: it denoises no better than knowing the data's mean and spread, so it is probably untrained: "
+            "warning: it denoises no better than knowing the data's mean and spread, so it is probably untrained: "
             f"{describe(own)}"
         )
     if own.worst > 1.05:  # below that it is chance

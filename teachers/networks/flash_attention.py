@@ -1,7 +1,7 @@
 """Attention and its tangent in one Triton kernel, that of the package ``jvp_flash_attention``, for GPUs.
 
-It computes what :func:`teachers.networks.layers.attend` computes, without reading the scores' factors twice. A training
-asks for it by ``tangent.flash_attention``.
+It computes what :func:`teachers.networks.layers.attend` computes, in one pass and without the chunks. A training asks for it
+by ``tangent.flash_attention``.
 """
 
 import importlib
