@@ -20,7 +20,7 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must end in .png or .npz, got {options.out}")
     if options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
-    check_writable(options.out)
+    check_folder(options.out.parent, f"--out {options.out}")
     model = from_pretrained(options.source)
     labels = repeat_labels(options.labels, options.num)
     samples = model.sample(
@@ -53,15 +53,13 @@ def repeat_labels(labels: list[int] | None, num: int) -> list[int] | None:
     return None if labels is None else [labels[i % len(labels)] for i in range(num)]
 
 
-def check_writable(path: Path | None) -> None:
-    """Raise ``OSError`` unless a file could be written there: known before minutes of work."""
-    if path is None:
-        return
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {folder} is not writable")
+def check_folder(folder: Path, what: str) -> None:
+    """Raise ``OSError`` unless ``folder`` can be written to, or could be made: known before minutes of work."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{what}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{what}: {there} cannot be written")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -70,7 +68,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from distill.model import DEFAULT_STEPS, from_pretrained
     from teachers.pretrained import write_atomically
 
-    check_writable(options.out)
+    if options.out is not None:
+        check_folder(options.out.parent, f"--out {options.out}")
     model = from_pretrained(options.source)
     steps = DEFAULT_STEPS[model.role] if options.steps is None else options.steps
     scores = model.evaluate(

@@ -11,6 +11,7 @@ from distill.autoencoders import autoencoder_class
 from distill.normalization import LatentNormalization, decode
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers.base import Teacher
+from teachers.condition import integer_labels
 from teachers.networks import build
 from teachers.parameterization import Parameterization
 
@@ -156,12 +157,7 @@ class SCMPipeline(DiffusionPipeline):
             return None
         if class_labels is None:
             return torch.arange(batch_size or 1, device=self._execution_device) % classes
-        try:
-            labels = torch.as_tensor(class_labels, device=self._execution_device)
-        except (TypeError, ValueError, RuntimeError):
-            labels = torch.empty(0)
-        if labels.numel() == 0 or labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"class_labels must be an integer or a list of integers, got {class_labels!r}")
+        labels = integer_labels(class_labels, "class_labels").to(self._execution_device)
         if labels.ndim == 0:
             labels = labels.expand(batch_size or 1)
         if batch_size is not None and len(labels) != batch_size:
@@ -169,7 +165,7 @@ class SCMPipeline(DiffusionPipeline):
         bad = labels[(labels < 0) | (labels >= classes)]
         if len(bad):
             raise ValueError(f"label {bad[0].item()} is out of range: this model has classes 0 to {classes - 1}")
-        return labels.long()
+        return labels
 
     def prepare_guidance(self, guidance_scale: float | None, num: int) -> Tensor | None:
         """``(N,)`` guidance scales; ``None`` for a network that was distilled at one scale."""

@@ -8,7 +8,6 @@ Where the package is installed without its repository: python -m distill.run mni
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from distill.carried_code import export_obstacle
 from distill.checkpoint import find_checkpoint
-from distill.cli import sentence
+from distill.cli import check_folder, sentence
 from distill.cpu import tune_cpu
 from distill.data import captioned, check_sigma_data, load_images, recipe_prompts, stored_data
 from distill.evaluation import (
@@ -213,20 +212,11 @@ class TimedBatches:
             start = time.perf_counter()
 
 
-def check_output_dir(path: Path) -> None:
-    """Raise ``OSError`` unless the folder is there and can be written, or could be made."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"output_dir {path}: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"output_dir {path}: {there} cannot be written")
-
-
 def check(recipe: Recipe) -> str:
     """Validate a recipe without training: files, shapes, labels, whether the teacher denoises, the network's
     derivative, and a memory estimate.
     """
-    check_output_dir(Path(recipe.output_dir))
+    check_folder(Path(recipe.output_dir), f"output_dir {recipe.output_dir}")
     check_evaluation(recipe)
     check_tracker(recipe)
     check_launch(recipe)

@@ -11,7 +11,7 @@ from distill import trigflow
 from distill.prompts import Prompts
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers import Teacher
-from teachers.condition import Condition, Embeddings
+from teachers.condition import Condition, Embeddings, integer_labels
 
 
 class SampleNoise:
@@ -112,28 +112,13 @@ def check_condition(model: Teacher, labels: Condition | Prompts | list[int] | No
         if model.num_classes is not None:
             raise ValueError(f"this model is class-conditional and needs labels 0 to {model.num_classes - 1}")
         return None
-    labels = integers(labels).to(device_of(model))
+    labels = integer_labels(labels, "labels").to(device_of(model))
     if labels.shape != (num,):
         raise ValueError(f"{num} samples need {num} labels, got {labels.numel()}")
     model.check_labels(labels)
     if (labels == model.num_classes).any():  # the null class is for guidance; a student was never trained on it
         raise ValueError(f"label {model.num_classes} is out of range: this model has classes 0 to {model.num_classes - 1}")
     return labels
-
-
-def integers(labels) -> Tensor:
-    """Labels as a tensor of integers.
-
-    Raises:
-        ValueError: they are something else, which torch would refuse in its own words, or round.
-    """
-    try:
-        tensor = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        tensor = None
-    if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels!r}")
-    return tensor.long()
 
 
 def check_prompts(model: Teacher, prompts: Embeddings | Prompts | None, num: int) -> Embeddings | Prompts:

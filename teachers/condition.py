@@ -93,3 +93,19 @@ def example_text(shapes: Shapes, num: int, device=None) -> Embeddings:
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(num, *shape, generator=generator) for name, shape in shapes.items()}
     return Embeddings({n: (torch.ones_like(x) if is_mask(n) else x).to(device) for n, x in made.items()})
+
+
+def integer_labels(labels, name: str) -> Tensor:
+    """An integer, or a list or tensor ``(B,)`` of them, as an int64 tensor; ``name`` is for the message.
+
+    Raises:
+        ValueError: something else, which torch would refuse in its own words or round, or nothing.
+    """
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):  # of many kinds, none of which says what is allowed
+        tensor = torch.empty(0)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if tensor.numel() == 0 or tensor.ndim > 1 or not whole:
+        raise ValueError(f"{name} must be an integer or a list of integers, got {labels!r}")
+    return tensor.long()

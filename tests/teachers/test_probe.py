@@ -117,7 +117,7 @@ def test_an_output_of_the_other_sign_is_named(source, digits):
         teachers.probe(mistaken, *digits)
 
 
-def test_an_output_that_is_not_finite_is_refused(make_teacher, digits):
+def test_an_output_that_is_not_finite_is_refused(make_teacher):
     teacher = make_teacher("SiT")
     teacher.native.final_layer.linear.bias.data[0] = math.nan
     for images in ((), (torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.long))):
