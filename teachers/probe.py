@@ -68,8 +68,9 @@ class Fit(NamedTuple):
 
 
 def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | None = None) -> dict:
-    """Check that the teacher's network denoises under its parameterization, and if not, whether it does under another one
-    of the same family (other prediction or sign, other time, time scaled by 1000 or 1/1000).
+    """Check that the teacher's network denoises under its parameterization, and if not, whether it does under another one:
+    of the same family (other prediction or sign, other time, time scaled by 1000 or 1/1000) or, on real images, a preset of
+    any family.
 
     Guidance is left out. The teacher is refused only if another parameterization fits; one that denoises badly under all
     of them may be a poor teacher, or untrained, and gets a verdict that says so.
@@ -94,7 +95,10 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
     }
     if own.worst <= (LIMIT if images is None else CLEAR):
         return facts
-    fits = [(other, fit_of_twin(twin, images, labels)) for other, twin in twins(teacher)]
+    others = siblings(teacher.parameterization)
+    if images is not None:  # of itself an untrained network draws what some family takes for denoised
+        others += [p for p in PRESETS.values() if p not in (teacher.parameterization, *others)]
+    fits = [(other, fit_of_twin(twin, images, labels)) for other, twin in twins(teacher, others)]
     other, best = min(fits, key=lambda item: (not item[1].denoises, item[1].mean))
     if best.denoises and best.mean * (MUCH_BETTER if own.denoises else BETTER) < own.mean:
         raise ValueError(
@@ -159,10 +163,10 @@ class Negated(nn.Module):
         return -self.network(*args, **kwargs)
 
 
-def twins(teacher: Teacher) -> list[tuple[str, Teacher]]:
+def twins(teacher: Teacher, others: list[Parameterization]) -> list[tuple[str, Teacher]]:
     """The same network as it would be under other parameterizations, and with its output negated, each with its name."""
     own = teacher.parameterization
-    found = [(name(p), teacher.twin(parameterization=p, guidance_scale=1.0)) for p in siblings(own)]
+    found = [(name(p), teacher.twin(parameterization=p, guidance_scale=1.0)) for p in others]
     negated = teacher.twin(native=Negated(teacher.native), guidance_scale=1.0)
     return [*found, (f"{name(own)} with the sign of its output changed", negated)]
 

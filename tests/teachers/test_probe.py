@@ -10,6 +10,7 @@ import teachers
 from distill.data import load_images
 from distill.recipe import DataConfig
 from teachers import Parameterization
+from teachers.parameterization import PRESETS
 
 siblings, name, Negated = (getattr(sys.modules["teachers.probe"], key) for key in ("siblings", "name", "Negated"))
 
@@ -39,6 +40,15 @@ def test_an_exact_network_passes_and_every_mistake_is_named(mixture, mixture_net
         with pytest.raises(ValueError, match="denoises badly under its parameterization") as error:
             teachers.probe(teachers.wrap(native, wrong, sigma_data, (2, 1, 1)), points)
         assert f"; under {name(p)} it is " in str(error.value), (wrong, str(error.value))
+
+
+@pytest.mark.parametrize("right", ["EDM", "RECTIFIED_FLOW", "SIT", "TRIGFLOW", "VP_EPS", "VP_V", "VP_X0"])
+def test_a_mistaken_family_is_named(mixture, mixture_network, points, right):
+    native = mixture_network(mixture, PRESETS[right], SD)
+    for wrong in PRESETS.values():
+        if wrong.family != PRESETS[right].family:
+            with pytest.raises(ValueError, match=f"; under {right} it is "):
+                teachers.probe(teachers.wrap(native, wrong, SD, (2, 1, 1)), points)
 
 
 @pytest.mark.parametrize("p", EXACT, ids=name)
