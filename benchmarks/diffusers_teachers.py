@@ -20,7 +20,7 @@ from distill.cpu import tune_cpu
 from distill.data import as_tensors, load_images
 from distill.recipe import DataConfig
 
-STEPS = {"ddpm": 4800, "dit": 1800}
+STEPS = {"ddpm": 4800, "dit": 7200}
 LEARNING_RATE, WARMUP = 2e-3, 100
 
 
