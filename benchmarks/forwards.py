@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from cost import Steps
+from torch import nn
 
 import teachers
 from distill import trigflow
@@ -30,14 +31,20 @@ TEACHER = "edm-cifar10-32x32-uncond-vp"
 AVERAGES = [{"sigma_rel": width} for width in (0.05, 0.10, 0.25)]
 
 
+def randomize(network: nn.Module, seed: int) -> None:
+    """Add noise to every weight, those that start at zero included."""
+    torch.manual_seed(seed)
+    for p in network.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+
+
 def random_teacher(folder: str) -> str:
     """A model folder of the network with random weights in every layer, also in those that start at zero."""
     torch.manual_seed(0)
     config = released_config(TEACHER)
     network = build(config["network"], config["network_config"])
     teacher = teachers.wrap(network, teachers.EDM, config["sigma_data"], config["sample_shape"])
-    for p in teacher.parameters():
-        p.data += 0.02 * torch.randn_like(p)
+    randomize(teacher, seed=0)
     teachers.save_pretrained(teacher, Path(folder, TEACHER), "teacher")
     return str(Path(folder, TEACHER))
 

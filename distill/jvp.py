@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.trigflow import expand
 from teachers import Teacher
+from teachers.networks.layers import constant_tangents
 
 
 class RNGState(NamedTuple):
@@ -29,9 +30,9 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``function(*primals)`` and its directional derivative along ``tangents``, both detached.
 
-    With ``keep_graph`` the value keeps its graph for a backward pass; the graph of the derivative is built too, and dropped,
-    which is what this costs in memory. With a ``backend`` of torch.compile the differentiation is compiled as a whole: of a
-    compiled network PyTorch would differentiate the original.
+    With ``keep_graph`` the value keeps its graph for a backward pass. What layers do not write out themselves has a graph of
+    its derivative then too, which is dropped. With a ``backend`` of torch.compile the differentiation is compiled as a
+    whole: of a compiled network PyTorch would differentiate the original.
 
     ``function`` must call the bare network, not its DDP wrapper, which makes buckets for gradients as it is called: inside
     ``torch.func.jvp`` these would have no memory. Networks that call SDPA themselves get the one kernel that forward mode
@@ -39,7 +40,7 @@ def jvp(
     inert where nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
-    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph):
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph), constant_tangents():
         value, derivative = (compiled_jvp(backend) if backend else torch.func.jvp)(function, primals, tangents)
     return value, derivative.detach()
 

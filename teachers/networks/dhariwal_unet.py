@@ -6,10 +6,9 @@ Tensor names and constructor defaults are those of the released ``edm-imagenet-6
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import PositionalEmbedding, unrounded
+from teachers.networks.layers import PositionalEmbedding, silu, unrounded
 from teachers.networks.song_unet import Conv2d, Linear, UNetBlock, group_norm
 from teachers.networks.unet_plan import unet_plan
 
@@ -76,10 +75,10 @@ class DhariwalUNet(nn.Module):
         emb = self.map_noise(noise_labels)
         if self.guidance_embedding and guidance is not None:
             emb = emb + self.map_guidance(self.map_noise(guidance))
-        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        emb = self.map_layer1(silu(self.map_layer0(emb)))
         if self.label_dim and class_labels is not None:
             emb = emb + self.map_label(class_labels.to(emb.dtype))
-        return F.silu(emb)
+        return silu(emb)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels=None, guidance=None) -> Tensor:
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
@@ -93,4 +92,4 @@ class DhariwalUNet(nn.Module):
             skips.append(x)
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        return unrounded(self.out_conv, F.silu(self.out_norm(x)))
+        return unrounded(self.out_conv, silu(self.out_norm(x)))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import PositionalEmbedding, TimeEmbedding, attend, conv2d, unrounded
+from teachers.networks.layers import PositionalEmbedding, TimeEmbedding, attend, conv2d, silu, unrounded
 from teachers.networks.unet_plan import unet_plan
 
 
@@ -23,7 +23,7 @@ def normalize_magnitude(x: Tensor, dim: int | list[int], eps: float = 1e-4) -> T
 
 def mp_silu(x: Tensor) -> Tensor:
     """SiLU at unit variance (equation 81)."""
-    return F.silu(x) / 0.596
+    return silu(x) / 0.596
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -1,6 +1,8 @@
 """Layers shared by the networks. Each one supports forward-mode AD, reverse-mode AD, autocast and fp64."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -9,6 +11,30 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teachers.networks.flash_attention import fits_flash_attention, flash_attend
+
+# Whether tangents record a graph of their own, in a dictionary because torch.compile stops at a context variable.
+TANGENTS = {"differentiable": True}
+
+
+@contextmanager
+def constant_tangents() -> Iterator[None]:
+    """Inside, the tangents that layers write out have no graph: where only the primal is differentiated again, theirs is
+    time and memory for nothing.
+    """
+    before, TANGENTS["differentiable"] = TANGENTS["differentiable"], False
+    try:
+        yield
+    finally:
+        TANGENTS["differentiable"] = before
+
+
+def tangents_have_graphs() -> bool:
+    return torch.is_grad_enabled() and TANGENTS["differentiable"]
+
+
+def tangent_mode() -> torch.set_grad_enabled:
+    """Context in which a layer computes its tangent. The dual tensor is made outside, or the primal would lose its graph."""
+    return torch.set_grad_enabled(tangents_have_graphs())
 
 
 class GroupNorm(nn.GroupNorm):
@@ -39,11 +65,16 @@ class GroupNorm(nn.GroupNorm):
         # whatever its strides are, but not for native_group_norm.
         channels_last = b > 1 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         x = x if channels_last else x.contiguous()
-        size = c // self.num_groups * math.prod(space)
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
+        with tangent_mode():
+            t_y = self.tangent(x, t_x, scale, mean.view(-1, 1, 1), rstd.view(-1, 1, 1))
+        return fwAD.make_dual(y, t_y)
+
+    def tangent(self, x: Tensor, t_x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        b, c, *space = x.shape
+        size = c // self.num_groups * math.prod(space)
         rows = (b * self.num_groups, 1, size)
-        mean, rstd = mean.view(-1, 1, 1), rstd.view(-1, 1, 1)
         t_mean = t_x.reshape(rows).mean(2, keepdim=True)
         product = t_x.reshape(rows) @ x.reshape(rows).mT / size
         slope = (product - mean * t_mean) * rstd.square()  # mean(x^ t_x) rstd
@@ -53,7 +84,7 @@ class GroupNorm(nn.GroupNorm):
         offset = (mean * slope - t_mean).view(b, -1, 1, 1).expand(channels)
         t, v = (z.reshape(*channels[:3], -1) for z in (t_x, x))
         t_y = torch.addcmul(weight * offset, t, weight).addcmul_(v, -weight * slope.view(b, -1, 1, 1))
-        return fwAD.make_dual(y, t_y.reshape(x.shape))
+        return t_y.reshape(x.shape)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -65,7 +96,42 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tens
     out = F.conv2d(primal, weight, bias, padding=padding)
     if tangent is None:
         return out
-    return fwAD.make_dual(out, F.conv2d(tangent, weight, padding=padding))
+    with tangent_mode():
+        t_out = F.conv2d(tangent, weight, padding=padding)
+    return fwAD.make_dual(out, t_out)
+
+
+class Linear(nn.Linear):
+    """Linear layer whose forward-mode derivative is written out, with the weights constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        primal, tangent = fwAD.unpack_dual(x)
+        out = super().forward(primal)
+        if tangent is None:
+            return out
+        with tangent_mode():
+            t_out = F.linear(tangent, self.weight)
+        return fwAD.make_dual(out, t_out)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU whose forward-mode derivative has no graph inside :func:`constant_tangents`."""
+    primal, tangent = fwAD.unpack_dual(x)
+    if tangent is None or tangents_have_graphs():
+        return F.silu(x)
+    with torch.no_grad():
+        t_out = torch.ops.aten.silu_backward(tangent, primal)
+    return fwAD.make_dual(F.silu(primal), t_out)
+
+
+class SiLU(nn.SiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is differentiated in forward mode."""
+    return fwAD.unpack_dual(x).tangent is not None
 
 
 def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
@@ -186,9 +252,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # Around networks that call torch's function themselves, distill.jvp allows only the kernel with a derivative.
     with sdpa_kernel(FUSED_OR_MATH):
         out = F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
+    with tangent_mode(), torch.autocast(q.device.type, enabled=False):
         tangents = [torch.zeros_like(x) if t_x is None else t_x for x, t_x in ((q, t_q), (k, t_k), (v, t_v))]
-        return fwAD.make_dual(out, attention_tangent(q, k, v, *tangents).to(out.dtype))
+        t_out = attention_tangent(q, k, v, *tangents).to(out.dtype)
+    return fwAD.make_dual(out, t_out)
 
 
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, t_q: Tensor, t_k: Tensor, t_v: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ Tensor names and constructor defaults are those of the released checkpoints: SiT
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teachers.networks.layers import Linear, silu
 from teachers.networks.sit import Attention, DiffusionTransformer, Mlp, Modulation, RMSNorm
 
 
@@ -16,12 +16,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(a) * b)
+        return self.w3(silu(a) * b)
 
 
 class RotaryEmbedding(nn.Module):
@@ -78,7 +78,7 @@ class LightningFinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int, rms: bool):
         super().__init__()
         self.norm_final = lightning_norm(dim, rms)
-        self.linear = nn.Linear(dim, out_features)
+        self.linear = Linear(dim, out_features)
         self.adaLN_modulation = Modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

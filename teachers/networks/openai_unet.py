@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, attend, conv2d
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, has_tangent
 from teachers.networks.song_unet import Conv2d, Linear, unrounded
 from teachers.networks.unet_plan import unet_plan
 
@@ -35,16 +35,17 @@ def halve_or_double(x: Tensor, resample: str | None) -> Tensor:
 
 class OpenAIResBlock(nn.Module):
     """Residual block: norm, SiLU, resampling, conv; the time as a shift before the second norm or, with ``scale_shift``, as
-    a scale and a shift after it; SiLU, dropout, conv. With ``exact`` autocast does not round the convolutions.
+    a scale and a shift after it; SiLU, dropout, conv. With ``exact`` autocast does not round the convolutions
+    where a derivative along the PF-ODE is taken.
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, scale_shift, resample=None, exact=False):
         super().__init__()
         self.scale_shift, self.resample, self.exact = scale_shift, resample, exact
-        self.in_layers = nn.Sequential(GroupNorm(32, in_channels), nn.SiLU(), Conv2d(in_channels, out_channels, kernel=3))
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
+        self.in_layers = nn.Sequential(GroupNorm(32, in_channels), SiLU(), Conv2d(in_channels, out_channels, kernel=3))
+        self.emb_layers = nn.Sequential(SiLU(), Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
         self.out_layers = nn.Sequential(
-            GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(float(dropout)),
+            GroupNorm(32, out_channels), SiLU(), nn.Dropout(float(dropout)),
             Conv2d(out_channels, out_channels, kernel=3, init_scale=0.0),
         )  # fmt: skip
         self.skip_connection = nn.Identity()
@@ -67,7 +68,7 @@ class OpenAIResBlock(nn.Module):
         return y + (x if isinstance(self.skip_connection, nn.Identity) else unrounded(self.skip_connection, x))
 
     def convolve(self, layer: Conv2d, x: Tensor) -> Tensor:
-        return unrounded(layer, x) if self.exact else layer(x)
+        return unrounded(layer, x) if self.exact and has_tangent(x) else layer(x)
 
 
 class OpenAIAttention(nn.Module):
@@ -141,7 +142,7 @@ class OpenAIUNet(nn.Module):
         attention = dict(channels_per_head=num_head_channels, legacy=legacy_attention)
 
         self.map_time = PositionalEmbedding(num_channels)
-        self.time_embed = nn.Sequential(Linear(num_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels))
+        self.time_embed = nn.Sequential(Linear(num_channels, emb_channels), SiLU(), Linear(emb_channels, emb_channels))
         self.label_emb = nn.Embedding(num_classes, emb_channels) if num_classes else None
 
         # Every later layer amplifies what is rounded in the encoder. Its convolutions in bf16, a quarter of the work, take
@@ -174,7 +175,7 @@ class OpenAIUNet(nn.Module):
             elif place.kind == "block":
                 self.output_blocks.append(nn.ModuleList(block(place, exact=False)))
         self.out = nn.Sequential(
-            GroupNorm(32, widths[0]), nn.SiLU(), Conv2d(widths[0], out_channels, kernel=3, init_scale=0.0)
+            GroupNorm(32, widths[0]), SiLU(), Conv2d(widths[0], out_channels, kernel=3, init_scale=0.0)
         )
 
     def embed(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import teachers
 from distill.jvp import ForwardModeError, check_jvp, jvp, record_rng, replay_rng
 from distill.trigflow import expand
+from teachers.networks.layers import Linear, silu
 
 
 def rearranged(teacher, time, batch_size=4):
@@ -177,6 +178,54 @@ class Detached(nn.Conv2d):
 
 def wrap(layer):
     return teachers.wrap(Wrapped(layer), teachers.TRIGFLOW, 0.5, (1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet", "EDM2UNet", "SiT"])
+def test_one_pass_gives_the_gradient_of_the_value_and_a_derivative_without_a_graph(make_teacher, kind):
+    teacher = make_teacher(kind).double()
+    (x, t), tangents = rearranged(teacher, 1.0)
+    inputs, tangents = (x.double(), t.double()), [v.double() for v in tangents]
+    call = lambda x, t: teacher(x, t, LABELS)  # noqa: E731
+    value, derivative = jvp(call, inputs, tangents, keep_graph=True)
+    assert not derivative.requires_grad
+    torch.testing.assert_close(derivative, jvp(call, inputs, tangents)[1])
+    trained = [p for p in teacher.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(v.square().sum(), trained, allow_unused=True) for v in (value, call(*inputs))]
+    torch.testing.assert_close(*gradients)
+
+
+# Not SiT: the derivative of PyTorch's tangent of layer_norm takes its mean and deviation for constants.
+@pytest.mark.parametrize("kind", ["SongUNet", "DhariwalUNet", "EDM2UNet"])
+def test_elsewhere_the_derivative_can_be_differentiated_by_the_weights(make_teacher, kind):
+    teacher = make_teacher(kind).double()
+    (x, t), tangents = rearranged(teacher, 1.0)
+    inputs, tangents = (x.double(), t.double()), tuple(v.double() for v in tangents)
+
+    def projected():
+        return torch.func.jvp(lambda x, t: teacher(x, t, LABELS), inputs, tangents)[1].square().sum()
+
+    trained = [p for p in teacher.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(projected(), trained, allow_unused=True)
+    directions = [torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype) for p in trained]
+    slope = sum((g * v).sum() for g, v in zip(gradients, directions, strict=True) if g is not None)
+    sides, h = [], 1e-6
+    with torch.no_grad():
+        for step in (h, -2 * h):
+            for p, v in zip(trained, directions, strict=True):
+                p += step * v
+            sides.append(projected())
+    torch.testing.assert_close(slope, (sides[0] - sides[1]) / (2 * h), rtol=1e-5, atol=0)
+
+
+def test_elsewhere_the_derivative_of_a_linear_layer_can_be_differentiated_by_its_weights():
+    layer, x = Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = tuple(p.detach().requires_grad_() for p in layer.parameters())
+
+    def projected(weight, bias):
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.jvp(lambda x: silu(torch.func.functional_call(layer, parameters, (x,))), (x,), (x.cos(),))[1]
+
+    assert torch.autograd.gradcheck(projected, weights)
 
 
 def test_checkpointing_is_passed():

@@ -80,14 +80,14 @@ def test_memory_is_that_of_real_steps(bundled):
     assert step_memory(passes).total(BATCH) == pytest.approx(memory_of_real_steps(r, teacher), rel=0.15)
 
 
-def test_one_pass_for_loss_and_derivative_saves_a_forward_pass_and_takes_memory(bundled):
+def test_one_pass_for_loss_and_derivative_saves_a_forward_pass_and_takes_little_memory(bundled):
     r, passes, teacher = bundled
     shared = load_recipe("mnist-tangent.yaml", {**SHARED, "teacher": r.teacher, "train_batch_size": BATCH})
     one = Passes(shared, planned_networks(shared), gpu=False)
     flops, fewer = (sum(step_flops(p).values()) for p in (passes, one))
     assert flops - fewer == pytest.approx(passes.student_evaluation.flops, rel=0.05)
     assert step_memory(one).total(BATCH) == pytest.approx(memory_of_real_steps(shared, teacher), rel=0.15)
-    assert step_memory(one).total(BATCH) > 1.5 * step_memory(passes).total(BATCH)
+    assert 1 < step_memory(one).total(BATCH) / step_memory(passes).total(BATCH) < 1.15
 
 
 def test_memory_is_linear_in_the_batch_and_smaller_with_checkpointing(make_teacher):

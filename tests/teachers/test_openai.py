@@ -108,14 +108,19 @@ def test_autocast_leaves_the_time_path_and_the_residual_stream_in_fp32():
     native, dtypes = network(num_res_blocks=1, channel_mult=[1, 2]), {}
     for name, module in native.named_modules():
         module.register_forward_hook(lambda m, args, out, name=name: dtypes.__setitem__(name, out.dtype))
+    x, time, label = torch.randn(1, 3, 16, 16), torch.tensor([-300.0]), torch.tensor([2])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        native(torch.randn(1, 3, 16, 16), torch.tensor([-300.0]), torch.tensor([2]))
+        native(x, time, label)
     wide = ("time_embed.0", "time_embed.2", "label_emb", "emb_layers.1", "skip_connection", "qkv", "proj_out", "out.2")
     blocks = [name for name, module in native.named_modules() if isinstance(module, (OpenAIResBlock, OpenAIAttention))]
     checked = blocks + [name for name in dtypes if name.endswith(wide)]
     assert len(checked) > 20 and {dtypes[name] for name in checked} == {torch.float32}
-    assert dtypes["input_blocks.1.0.in_layers.2"] == torch.float32  # every later layer amplifies what is rounded there
-    assert dtypes["output_blocks.0.0.in_layers.2"] == torch.bfloat16
+    convolutions = "input_blocks.1.0.in_layers.2", "output_blocks.0.0.in_layers.2"
+    assert [dtypes[name] for name in convolutions] == [torch.bfloat16] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.func.jvp(lambda x: native(x, time, label), (x,), (x,))
+    # In a derivative every later layer amplifies what the first ones round.
+    assert [dtypes[name] for name in convolutions] == [torch.float32, torch.bfloat16]
 
 
 def test_it_has_no_null_class():
