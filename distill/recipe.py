@@ -50,7 +50,7 @@ class TangentConfig:
     constant: float = 0.1  # c
     warmup_steps: int = 1000  # r goes 0 -> 1 over this many steps; 0: no warm-up
     rearrangement: bool = True  # false: differentiate first, multiply by cos t sin t afterwards
-    shared_primal: bool = False  # one forward pass for the loss and the derivative: less work, more memory
+    shared_primal: bool = False  # one forward pass for the loss and the derivative: less work, little more memory
     flash_attention: bool = False  # attention's derivative by jvp_flash_attention's Triton kernel (a GPU, bf16)
 
 
