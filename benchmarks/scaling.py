@@ -72,6 +72,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axes.plot(sizes, [row["ratios"][steps] for row in results.values()], marker="o", label=steps)
     axes.axhline(1, color="gray", linewidth=0.8)
     axes.set(xscale="log", xlabel="parameters", ylabel=f"{METRIC} of student / of teacher")
+    axes.set_xticks(sizes, [f"{size / 1e6:.2f}M" for size in sizes])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=150, format="png")
     plt.close(figure)
