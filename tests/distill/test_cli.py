@@ -202,6 +202,7 @@ ELSEWHERE = {
     "sd3.yaml": ("stable-diffusion-3-medium", "not run here"),
     "mnist-edm2.yaml": ("runs/mnist-edm2-retrofit", "first run mnist-edm2-retrofit.yaml"),
     "mnist-flow-scd-vsd.yaml": ("runs/mnist-flow-gpu", "first run mnist-flow-gpu.yaml"),
+    "mnist-flow-long.yaml": ("runs/mnist-flow-scd-vsd", "first run mnist-flow-gpu.yaml"),
     "families/ddpm-retrofit.yaml": ("runs/teachers/ddpm", "benchmarks/diffusers_teachers.py ddpm"),
     "families/ddpm.yaml": ("runs/teachers/ddpm", "families/ddpm-retrofit.yaml"),
     "families/dit-retrofit.yaml": ("runs/teachers/dit", "benchmarks/diffusers_teachers.py dit"),
