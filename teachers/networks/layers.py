@@ -101,7 +101,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tens
     return fwAD.make_dual(out, t_out)
 
 
-class Linear(nn.Linear):
+class DualLinear(nn.Linear):
     """Linear layer whose forward-mode derivative is written out, with the weights constant."""
 
     def forward(self, x: Tensor) -> Tensor:

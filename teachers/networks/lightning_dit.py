@@ -7,7 +7,7 @@ Tensor names and constructor defaults are those of the released checkpoints: SiT
 import torch
 from torch import Tensor, nn
 
-from teachers.networks.layers import Linear, silu
+from teachers.networks.layers import DualLinear, silu
 from teachers.networks.sit import Attention, DiffusionTransformer, Mlp, Modulation, RMSNorm
 
 
@@ -16,8 +16,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w12 = Linear(dim, 2 * hidden)
-        self.w3 = Linear(hidden, dim)
+        self.w12 = DualLinear(dim, 2 * hidden)
+        self.w3 = DualLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.w12(x).chunk(2, dim=-1)
@@ -78,7 +78,7 @@ class LightningFinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int, rms: bool):
         super().__init__()
         self.norm_final = lightning_norm(dim, rms)
-        self.linear = Linear(dim, out_features)
+        self.linear = DualLinear(dim, out_features)
         self.adaLN_modulation = Modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

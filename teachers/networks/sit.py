@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import Linear, PositionalEmbedding, SiLU, TimeLinear, attend, pixel_norm
+from teachers.networks.layers import DualLinear, PositionalEmbedding, SiLU, TimeLinear, attend, pixel_norm
 
 
 class PatchEmbed(nn.Module):
@@ -62,10 +62,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, norm: type[nn.Module] = RMSNorm):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(dim, dim * 3)
+        self.qkv = DualLinear(dim, dim * 3)
         self.q_norm = norm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = norm(dim // num_heads) if qk_norm else nn.Identity()
-        self.proj = Linear(dim, dim)
+        self.proj = DualLinear(dim, dim)
 
     def forward(self, x: Tensor, rope: nn.Module | None = None) -> Tensor:
         b, n, c = x.shape
@@ -80,8 +80,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
+        self.fc1 = DualLinear(dim, hidden)
+        self.fc2 = DualLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -99,7 +99,7 @@ class Modulation(nn.Sequential):
     """Shifts, scales and gates from the embedded time and class: the end of the time path, so autocast leaves it be."""
 
     def __init__(self, dim: int, out_features: int):
-        super().__init__(SiLU(), Linear(dim, out_features))
+        super().__init__(SiLU(), DualLinear(dim, out_features))
 
     def forward(self, c: Tensor) -> Tensor:
         with torch.autocast(c.device.type, enabled=False):
@@ -124,7 +124,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int, double_norm: bool):
         super().__init__()
         self.double_norm = double_norm
-        self.linear = Linear(dim, out_features)
+        self.linear = DualLinear(dim, out_features)
         self.adaLN_modulation = Modulation(dim, 2 * dim)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import teachers
 from distill.jvp import ForwardModeError, check_jvp, jvp, record_rng, replay_rng
 from distill.trigflow import expand
-from teachers.networks.layers import Linear, silu
+from teachers.networks.layers import DualLinear, silu
 
 
 def rearranged(teacher, time, batch_size=4):
@@ -218,7 +218,7 @@ def test_elsewhere_the_derivative_can_be_differentiated_by_the_weights(make_teac
 
 
 def test_elsewhere_the_derivative_of_a_linear_layer_can_be_differentiated_by_its_weights():
-    layer, x = Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layer, x = DualLinear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = tuple(p.detach().requires_grad_() for p in layer.parameters())
 
     def projected(weight, bias):
