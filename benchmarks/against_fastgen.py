@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 from cost import Steps
-from forwards import AVERAGES, random_teacher, randomize
+from forwards import AVERAGES, random_teacher, randomize, take_turns
 from torch import Tensor, nn
 
 from distill import trigflow
@@ -30,9 +30,9 @@ SIGMAS = (0.05, 0.3, 1.0, 5.0)  # noise levels at which gradients are compared
 
 
 class FastGen:
-    """FastGen's model for sCD on CIFAR-10, with the weights of one of our networks in student, teacher and averages."""
+    """FastGen's model for sCD on CIFAR-10, with weights of our networks; ``student``'s are also those of the averages."""
 
-    def __init__(self, weights: dict[str, Tensor], batch: int, precision: str | None):
+    def __init__(self, student: dict[str, Tensor], teacher: dict[str, Tensor], batch: int, precision: str | None):
         from fastgen.callbacks.callback import CallbackDict
         from fastgen.configs.experiments.EDM.config_scd_cifar10 import create_config
         from fastgen.utils import instantiate
@@ -45,11 +45,9 @@ class FastGen:
         config.model_class.config = config.model
         self.model = instantiate(config.model_class)
         self.model.on_train_begin(is_fsdp=False)
-        networks = [self.model.net, self.model.teacher, *(getattr(self.model, name) for name in averages)]
-        for network in networks:
-            own = network.model.state_dict()
-            # Without the learned weighting, whose gradient is not compared: it starts at one.
-            network.model.load_state_dict({key: weights.get(key, torch.zeros_like(value)) for key, value in own.items()})
+        load(self.model.teacher.model, teacher)
+        for network in (self.model.net, *(getattr(self.model, name) for name in averages)):
+            load(network.model, student)
         self.model.init_optimizers()
         self.averages = CallbackDict(config=config, trainer=None)
         self.data = {"real": 0.5 * torch.randn(batch, 3, 32, 32)}
@@ -77,6 +75,12 @@ class FastGen:
         loss = self.model._compute_scm_loss(x0, t, labels, iteration=WARMED_UP)[0]
         (x0[0].numel() * loss.mean()).backward()
         return gradients_of(self.model.net.model)
+
+
+def load(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Our weights, and zeros for FastGen's learned weighting, which we do not compare: it weights by one then."""
+    own = {f"logvar_linear.{key}": torch.zeros_like(p) for key, p in network.logvar_linear.named_parameters()}
+    network.load_state_dict(weights | own)
 
 
 def our_gradients(steps: Steps, x0: Tensor, seed: int) -> dict[str, Tensor]:
@@ -131,22 +135,16 @@ def main() -> None:
 
         plain = ours("no", False)
         randomize(plain.trainer.network, seed=1)  # a student that is not its teacher
-        weights = plain.trainer.network.native.state_dict()
-        fastgen = FastGen(weights, options.batch, None)
-        fastgen.model.teacher.model.load_state_dict(plain.trainer.teacher.native.state_dict(), strict=False)
+        weights = [network.native.state_dict() for network in (plain.trainer.network, plain.trainer.teacher)]
+        fastgen = FastGen(*weights, options.batch, None)
         x0 = 0.5 * torch.randn(len(SIGMAS), 3, 32, 32)
         report = {"gradients differ by": difference(our_gradients(plain, x0, 2), fastgen.gradients(x0, 2))}
         variants = {
             "FastGen, fp32": fastgen, "fp32": plain, "fp32, shared primal": ours("no", True),
-            "FastGen, bf16": FastGen(weights, options.batch, "bfloat16"), "bf16": ours("bf16", False),
+            "FastGen, bf16": FastGen(*weights, options.batch, "bfloat16"), "bf16": ours("bf16", False),
             "bf16, shared primal": ours("bf16", True),
         }  # fmt: skip
-        taken = {name: [] for name in variants}
-        for block in range(options.blocks + 1):
-            for name, step in variants.items():
-                spent = seconds(step)
-                if block > 0:  # the first one warms up
-                    taken[name].append(spent)
+        taken = take_turns(variants, seconds, options.blocks)
     for name, spent in taken.items():
         reference = taken["FastGen, bf16" if "bf16" in name else "FastGen, fp32"]
         wall, cpu = (statistics.median(values) for values in zip(*spent, strict=True))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from cost import Steps
@@ -75,6 +76,17 @@ def parts(step: Steps) -> dict[str, Callable]:
     }
 
 
+def take_turns(calls: dict[str, Callable], measure: Callable[[Callable], Any], blocks: int) -> dict[str, list]:
+    """What ``measure`` gives for each of the calls, once a block; a first block warms up and is left out."""
+    measured = {name: [] for name in calls}
+    for block in range(blocks + 1):
+        for name, call in calls.items():
+            result = measure(call)
+            if block > 0:
+                measured[name].append(result)
+    return measured
+
+
 def cpu_seconds(call: Callable) -> float:
     start = time.process_time()
     call()
@@ -91,12 +103,7 @@ def main() -> None:
         teacher = random_teacher(folder)
         two, one = (steps(teacher, options.batch, shared, f"{folder}/{shared}") for shared in (False, True))
         calls = {**parts(two), "step, two passes": lambda: two(1), "step, one pass": lambda: one(1)}
-        seconds = {name: [] for name in calls}
-        for block in range(options.blocks + 1):
-            for name, call in calls.items():
-                spent = cpu_seconds(call)
-                if block > 0:  # the first one warms up
-                    seconds[name].append(spent)
+        seconds = take_turns(calls, cpu_seconds, options.blocks)
     forwards = seconds["plain forward"]
     report = {
         name: {

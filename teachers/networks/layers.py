@@ -72,6 +72,7 @@ class GroupNorm(nn.GroupNorm):
         return fwAD.make_dual(y, t_y)
 
     def tangent(self, x: Tensor, t_x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """``t_y`` ``(B, C, ...)``; ``mean`` and ``rstd`` are ``(B * num_groups, 1, 1)``."""
         b, c, *space = x.shape
         size = c // self.num_groups * math.prod(space)
         rows = (b * self.num_groups, 1, size)
