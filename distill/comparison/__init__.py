@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from distill.comparison.config import ComparisonConfig, load_comparison, to_dict
-from distill.comparison.entries import ImagesEntry, ModelEntry, Point, read_images
+from distill.comparison.entries import ImagesEntry, ModelEntry, Point, read_images, read_models
 from distill.comparison.rows import Row
 from distill.comparison.scores import Scorer
 from distill.comparison.store import Store, as_samples, setting
@@ -57,11 +57,12 @@ def run(config: str | Path | dict, overrides: dict, command: str) -> dict:
 
 def prepare(config: ComparisonConfig) -> list[ModelEntry | ImagesEntry]:
     """The models and images of a comparison, checked against each other."""
-    models = {m.name: ModelEntry(m, config.guidance_scales) for m in config.models if m.source is not None}
-    check_alike(list(models.values()))
-    shape = next(iter(models.values())).sample_shape if models else image_shape(config)
-    folders = {m.name: read_images(m, shape, config.num_samples) for m in config.models if m.images is not None}
-    return [{**models, **folders}[m.name] for m in config.models]
+    found = {m.name: read_models(m, config.guidance_scales) for m in config.models if m.source is not None}
+    models = [entry for entries in found.values() for entry in entries]
+    check_alike(models)
+    shape = models[0].sample_shape if models else image_shape(config)
+    found |= {m.name: [read_images(m, shape, config.num_samples)] for m in config.models if m.images is not None}
+    return [entry for m in config.models for entry in found[m.name]]
 
 
 def check_alike(models: list[ModelEntry]) -> None:

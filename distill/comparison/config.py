@@ -14,14 +14,20 @@ class ModelConfig:
     """One model, or a folder of images in place of one."""
 
     name: str  # in the report
-    source: str | None = None  # whatever distill.from_pretrained takes
+    source: str | list[str] | None = None  # whatever distill.from_pretrained takes; a list: students, each of its own scale
     steps: list[int] | None = None  # null: 18 Heun steps of a teacher, 1, 2 and 4 of a student
-    guidance_scales: list[float] | None = None  # null: those of the comparison, or the one that a student has
+    guidance_scales: list[float] | None = None  # null: those of the comparison, or the ones that the students have
     solver: str | None = None  # of a teacher: heun (2n - 1 evaluations, the default) or dpmpp_2m (n)
     images: str | None = None  # in place of source: an image folder, or another data source
     split: str = "train"  # of images
     image_column: str = "image"
     label_column: str | None = None  # null: images without labels
+
+    @property
+    def sources(self) -> list[str]:
+        if self.source is None:
+            return []
+        return self.source if isinstance(self.source, list) else [self.source]
 
 
 @dataclass
@@ -92,6 +98,8 @@ def check_model(model: ModelConfig, where: str) -> None:
         for key in ("steps", "guidance_scales", "solver"):
             if getattr(model, key) is not None:
                 raise ValueError(f"{where}.{key} belongs to a model; images are as they are")
+    if isinstance(model.source, list):
+        check_list(model.source, f"{where}.source", lambda source: source.strip() != "", "not empty")
     if model.solver not in (None, *SOLVERS):
         raise ValueError(f"{where}.solver is {model.solver!r}; allowed: {', '.join(SOLVERS)}")
     if model.steps is not None:

@@ -53,14 +53,17 @@ class Point:
 class ModelEntry:
     """A teacher or a student, checked against what is asked of it before anything is drawn.
 
+    Args:
+        source: the model, or one of the several that ``config`` lists.
+
     Raises:
         FileNotFoundError, ValueError: no such model; steps, a solver or guidance scales that it cannot have; or its samples
             are no images.
     """
 
-    def __init__(self, config: ModelConfig, scales: list[float]):
-        self.name, self.source, self.solver = config.name, config.source, config.solver or "heun"
-        self.config = teachers.load_config(config.source)
+    def __init__(self, config: ModelConfig, source: str, scales: list[float]):
+        self.name, self.source, self.solver = config.name, source, config.solver or "heun"
+        self.config = teachers.load_config(source)
         self.role = self.config["role"]
         network = self.load()
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
@@ -72,7 +75,7 @@ class ModelEntry:
             raise ValueError(f"model {self.name!r} is a student and solves no ODE; remove solver")
         self.steps = self.checked_steps(config.steps)
         self.scales = self.checked_scales(config.guidance_scales, scales)
-        self.sha256 = weights_hash(config.source)
+        self.sha256 = weights_hash(source)
         self.digest = model_hash(network, {k: v for k, v in self.config.items() if k in DETERMINING})
         self.sampler: Model | None = None
 
@@ -172,6 +175,28 @@ class ModelEntry:
     def release(self) -> None:
         """Free the network until it is needed again."""
         self.sampler = None
+
+
+def read_models(config: ModelConfig, scales: list[float]) -> list[ModelEntry]:
+    """A model's entries: one, or where several students are listed one for the scale of each.
+
+    Raises:
+        FileNotFoundError, ValueError: as :class:`ModelEntry`; or what is listed is not a student of one scale, or two are of
+            the same.
+    """
+    entries = [ModelEntry(config, source, scales) for source in config.sources]
+    if len(entries) < 2:
+        return entries
+    found: dict[float, str] = {}
+    for entry in entries:
+        where = f"model {config.name!r} lists several sources, which must be students, each of one guidance scale of its own"
+        if entry.role == "teacher" or entry.accepts_guidance:
+            kind = "a teacher" if entry.role == "teacher" else "a student of a range of scales"
+            raise ValueError(f"{where}; {entry.source!r} is {kind}")
+        if entry.scales[0] in found:
+            raise ValueError(f"{where}; {found[entry.scales[0]]!r} and {entry.source!r} are both of {entry.scales[0]:g}")
+        found[entry.scales[0]] = entry.source
+    return sorted(entries, key=lambda entry: entry.scales)
 
 
 # Keys of a model's config that say which function its weights are.

@@ -61,7 +61,10 @@ class Report:
             teacher = baseline(row, self.rows)
             outside = {key: sign for key, sign in differences(row, teacher).items() if sign}
             compared.append({**row.plain(), "teacher": teacher and teacher.line, "outside_both_intervals": outside})
-        weights = {e.name: e.sha256 for e in self.entries if isinstance(e, ModelEntry)}
+        weights: dict[str, dict] = {}
+        for entry in self.entries:
+            if isinstance(entry, ModelEntry):
+                weights.setdefault(entry.name, {})[entry.source] = entry.sha256
         return {
             "title": self.config.title, "features": self.features, "rows": compared,
             "real": self.real and self.real.plain(), "sha256": weights, **self.facts,
@@ -75,7 +78,7 @@ class Report:
         several = f"each of the seeds {words.joined([str(s) for s in config.seeds])}"
         seeds = f"seed {config.seeds[0]}" if len(config.seeds) == 1 else several
         lead = (
-            f"{words.joined([e.name for e in self.entries])}: {config.num_samples:,} samples of each for {seeds}, from the "
+            f"{words.joined([m.name for m in config.models])}: {config.num_samples:,} samples of each for {seeds}, from the "
             f"same noise and for the same labels, scored against {config.data.source} on {self.features} features."
         )
         notes = self.pieces.fill("note", text=config.notes) if config.notes else ""

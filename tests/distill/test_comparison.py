@@ -62,6 +62,7 @@ def work(tmp_path_factory):
         Picture.fromarray(pixels).save(folder / "images" / f"{i}.png")
     teachers.save_pretrained(network(), folder / "teacher", "teacher")
     teachers.save_pretrained(network(), folder / "fixed", "student", guidance_scale=1.5)
+    teachers.save_pretrained(network(), folder / "strong", "student", guidance_scale=3.0)
     teachers.save_pretrained(network(guidance_embedding=True), folder / "ranged", "student", guidance_range=[1.0, 4.0])
     return folder
 
@@ -172,6 +173,20 @@ def test_intervals_are_over_seeds_or_bootstrapped_or_absent(compared):
         assert low <= score["value"] <= high
 
 
+def test_students_each_of_its_own_scale_are_one_line(work, tmp_path):
+    sources = [str(work / name) for name in ("strong", "fixed")]
+    models = [
+        {"name": "teacher", "source": str(work / "teacher"), "steps": [2], "guidance_scales": [1.5, 3.0]},
+        {"name": "both", "source": sources, "steps": [1, 2]},
+    ]
+    report = distill.compare(values(work, tmp_path / "out", models=models, seeds=[0]))
+    points = [(r["model"], r["steps"], r["guidance_scale"], r["source"]) for r in report["rows"][2:]]
+    assert points == [("both", n, scale, source) for scale, source in ((1.5, sources[1]), (3.0, sources[0])) for n in (1, 2)]
+    assert set(report["sha256"]["both"]) == set(sources)
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(source in page for source in sources) and "<h1>" in page and "teacher and both: 60 samples" in page
+
+
 def test_a_difference_counts_only_outside_both_intervals():
     def score(low, high):
         return {"interval": [low, high]}
@@ -216,6 +231,11 @@ MISTAKES = [
     ({"models": [{"name": "a", "source": "teacher"}, {"name": "b", "source": "mnist-edm"}]}, "images of one shape: 'a' has"),
     ({"models": [{"name": "a", "source": "teacher"}, {"name": "b", "source": "five"}]}, "'a' has 3, 'b' has 5"),
     ({"models": [{"name": "a", "source": "nobody"}]}, "no model"),
+    ({"models": [{"name": "a", "source": []}]}, "models[0].source must hold at least one value"),
+    ({"models": [{"name": "a", "source": ["fixed", "fixed"]}]}, "models[0].source must differ, got 'fixed' twice"),
+    ({"models": [{"name": "a", "source": ["fixed", "./fixed"]}]}, "'fixed' and './fixed' are both of 1.5"),
+    ({"models": [{"name": "a", "source": ["fixed", "teacher"]}]}, "'teacher' is a teacher"),
+    ({"models": [{"name": "a", "source": ["ranged", "fixed"]}]}, "'ranged' is a student of a range of scales"),
     ({"models": [{"name": "a", "images": "nowhere"}]}, "data source 'nowhere' does not exist"),
     ({"models": [{"name": "a", "images": "empty"}]}, "cannot be loaded"),
     ({"models": [{"name": "a", "images": "broken"}]}, "'broken': image "),
