@@ -472,8 +472,11 @@ class Trainer:
     def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[bool, Tensor]:
         """Step unless ``loss`` or the gradient is not finite on any process: whether it did, and the gradient's norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = math.inf if self.recipe.optimizer.max_grad_norm is None else self.recipe.optimizer.max_grad_norm
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm, limit = torch.nn.utils.get_total_norm(gradients), self.recipe.optimizer.max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        grad_norm = whole(norm)
         finite = bool(torch.isfinite(self.over_processes(loss) + grad_norm))
         if finite:
             optimizer.step()

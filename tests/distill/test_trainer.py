@@ -21,8 +21,8 @@ from distill import checkpoint as ckpt
 from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
-from distill.optimizer import learning_rate
-from distill.recipe import parse_recipe
+from distill.optimizer import KINDS, build_optimizer, learning_rate
+from distill.recipe import OptimizerConfig, parse_recipe
 from distill.recipe_networks import build_teacher, set_dropout
 from distill.run import check, main
 from distill.trainer import Trainer, TrainingError, save_model, trained_model
@@ -704,3 +704,22 @@ def test_learning_rate_schedules(world):
     assert learning_rate(config, 50, 1000) == 1.0 and learning_rate(config, 400, 1000) == 0.5
     config.lr_scheduler = "linear"
     assert learning_rate(config, 5, 10) == 0.5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_optimizer_is_pytorchs_plain_one(name):
+    """The implementations that are faster, foreach and fused, take the same steps."""
+    config = OptimizerConfig(name, learning_rate=1e-2, beta1=0.5, beta2=0.9, weight_decay=0.1)
+    plain = dict(lr=1e-2, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1, foreach=False)
+    ends = []
+    for build in (lambda p: build_optimizer(config, p), lambda p: KINDS[name][0](p, **plain)):
+        torch.manual_seed(0)
+        parameters = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
+        optimizer = build(parameters)
+        for _ in range(12):  # RAdam's first ones are of another kind
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        ends.append(parameters)
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
