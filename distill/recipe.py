@@ -110,7 +110,6 @@ class VSDConfig:
     fake_updates: int = 1  # of the fake score before each of the student; DMD2 has 5
     fake_learning_rate: float | None = None  # null: that of the student; everything else is as in optimizer
     steps: int | list[int] = 1  # in which the student draws the samples that are compared; of several, one at random
-    fake_warmup_steps: int = 0  # of the fake score alone where VSD begins, until it knows the student that it starts beside
     share: float = 1.0  # of the training, at its end, that VSD is part of; before it the consistency loss is alone
 
     def has_begun(self, progress: float) -> bool:
@@ -549,13 +548,6 @@ def check_vsd(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: vsd.weighting is {vsd.weighting!r}; allowed: adaptive, dmd")
     if vsd.fake_updates < 1:
         raise ValueError(f"{where}: vsd.fake_updates must be at least 1, got {vsd.fake_updates}")
-    if vsd.fake_warmup_steps < 0:
-        raise ValueError(f"{where}: vsd.fake_warmup_steps must be at least 0, got {vsd.fake_warmup_steps}")
-    if vsd.fake_warmup_steps >= vsd.share * recipe.max_train_steps:
-        raise ValueError(
-            f"{where}: vsd.fake_warmup_steps is {vsd.fake_warmup_steps}, so that the student has no step of VSD; it must be "
-            f"below {vsd.share * recipe.max_train_steps:g}, vsd.share of max_train_steps"
-        )
     if not 0 < vsd.share <= 1:
         raise ValueError(f"{where}: vsd.share must be above 0 and at most 1, got {vsd.share}")
     if recipe.objective == "vsd" and vsd.share < 1:

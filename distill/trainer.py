@@ -406,39 +406,27 @@ class Trainer:
         rate = learning_rate(self.recipe.optimizer, self.step, self.recipe.max_train_steps)
         set_learning_rate(self.optimizer, rate)
         logs, finite = {}, True
-        if self.uses_vsd():
+        if self.uses_vsd:
             set_learning_rate(self.fake.optimizer, rate * self.fake.relative_learning_rate)
             finite, logs = self.train_fake(parts)
-        stepped = False
-        if self.active_objectives():
-            stepped, own_logs = self.train_student(parts)
-            finite, logs = finite and stepped, own_logs | logs
-        self.count_nonfinite(finite)
+        losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
+        values = mean_logs(losses, len(parts))
+        stepped, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
+        self.count_nonfinite(finite and stepped)
+        if stepped and hasattr(self.network.native, "normalize_weights"):
+            self.network.native.normalize_weights()
         self.step += 1
         if stepped:
             for ema in self.averages:
                 ema.update(self.network, self.step * self.batch_images, self.batch_images)
-        if finite:
-            window.add(logs)
+        if finite and stepped:
+            window.add({**values, "grad_norm": grad_norm, **logs})
 
-    def uses_vsd(self, after: int = 0) -> bool:
-        """Whether VSD is part of this step, and was of those before it, ``after`` in number."""
+    @property
+    def uses_vsd(self) -> bool:
+        """Whether VSD is part of this step."""
         vsd = self.recipe.vsd
-        return vsd is not None and vsd.has_begun((self.step - after) / self.recipe.max_train_steps)
-
-    def active_objectives(self) -> list[tuple]:
-        """What the student learns by in this step; nothing, if that is VSD alone and the fake score is not warm yet."""
-        warm = self.recipe.vsd is not None and self.uses_vsd(after=self.recipe.vsd.fake_warmup_steps)
-        return [each for each in self.objectives if warm or not isinstance(each[0], VSD)]
-
-    def train_student(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[bool, dict[str, Tensor]]:
-        """The student's update of one step: whether it was finite, and what to log."""
-        losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
-        values = mean_logs(losses, len(parts))
-        stepped, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
-        if stepped and hasattr(self.network.native, "normalize_weights"):
-            self.network.native.normalize_weights()
-        return stepped, {**values, "grad_norm": grad_norm}
+        return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
 
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
         labels = labels.to(self.device) if self.recipe.is_conditional else None
@@ -449,7 +437,7 @@ class Trainer:
         parts, losses = self.recipe.gradient_accumulation_steps, []
         generator = self.seeded(part)
         frozen = self.target.network if self.recipe.averages_targets(self.step) else self.network
-        objectives = self.active_objectives()
+        objectives = [each for each in self.objectives if self.uses_vsd or not isinstance(each[0], VSD)]
         for objective, weight in objectives:
             last = part == parts - 1 and objective is objectives[-1][0]
             with self.placement.synchronization(self.prepared, last):
