@@ -287,7 +287,7 @@ def test_the_command_line_overrides_values(work, compared, tmp_path, capsys):
 def test_every_comparison_that_ships_can_be_drawn(path):
     config = load_comparison(path)
     assert load_comparison(to_dict(config)) == config
-    assert len(prepare(config)) == len(config.models)
+    assert [e.source for e in prepare(config)] == [source for model in config.models for source in model.sources]
 
 
 def test_the_documentation_names_every_key_and_score():
