@@ -21,7 +21,7 @@ from distill import checkpoint as ckpt
 from distill.data import teacher_samples
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
-from distill.optimizer import KINDS, build_optimizer, learning_rate
+from distill.optimizer import build_optimizer, learning_rate
 from distill.recipe import OptimizerConfig, parse_recipe
 from distill.recipe_networks import build_teacher, set_dropout
 from distill.run import check, main
@@ -706,20 +706,31 @@ def test_learning_rate_schedules(world):
     assert learning_rate(config, 5, 10) == 0.5
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_an_optimizer_is_pytorchs_plain_one(name):
-    """The implementations that are faster, foreach and fused, take the same steps."""
-    config = OptimizerConfig(name, learning_rate=1e-2, beta1=0.5, beta2=0.9, weight_decay=0.1)
-    plain = dict(lr=1e-2, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.1, foreach=False)
+PLAIN = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@pytest.mark.parametrize(
+    "name, betas", [("radam", (0.9, 0.99)), ("radam", (0.0, 0.999)), ("adam", (0.5, 0.9)), ("adamw", (0.5, 0.9))]
+)
+def test_an_optimizer_is_pytorchs_plain_one(name, betas):
+    """The fused ones take the same steps; RAdam's first ones are of another kind. It goes on from PyTorch's state too."""
+    config = OptimizerConfig(name, learning_rate=1e-2, beta1=betas[0], beta2=betas[1], weight_decay=0.1)
+    plain = dict(lr=1e-2, betas=betas, eps=1e-8, weight_decay=0.1, foreach=False)
+    builds = [lambda p: build_optimizer(config, p), lambda p: PLAIN[name](p, **plain)]
     ends = []
-    for build in (lambda p: build_optimizer(config, p), lambda p: KINDS[name][0](p, **plain)):
+    for first, then in (builds, builds[1:] * 2, builds[::-1], builds[:1] * 2):
         torch.manual_seed(0)
         parameters = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
-        optimizer = build(parameters)
-        for _ in range(12):  # RAdam's first ones are of another kind
+        optimizer = first(parameters)
+        for step in range(24):
+            if step == 12:
+                state, optimizer = optimizer.state_dict(), then(parameters)
+                optimizer.load_state_dict(state)
             for p in parameters:
                 p.grad = torch.randn_like(p)
             optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 1e-2
         ends.append(parameters)
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for each in ends[1:]:
+        for a, b in zip(ends[0], each, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
