@@ -4,7 +4,8 @@
 
 The network is EDM's for CIFAR-10 (55.73M parameters) with random weights, in fp32; the step is Algorithm 1 by
 ``recipes/cifar10.yaml`` on random images, with RAdam and three averages: with two forward passes of the student, and with
-one (``tangent.shared_primal``). Every block runs each once, in turn; printed are medians, and of ratios the medians over
+one (``tangent.shared_primal``). After five steps of each, since RAdam's first
+ones are cheaper, every block runs each once, in turn; printed are medians, and of ratios the medians over
 blocks. Six passes are the least that the first can cost if a derivative costs two and a backward pass two.
 """
 

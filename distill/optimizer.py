@@ -49,7 +49,8 @@ class RAdam(torch.optim.Adam):
             group["steps"] = max(steps, default=0)
 
 
-# PyTorch does not choose the fused implementations by itself; on a CPU they take a quarter of the time.
+# PyTorch does not choose the fused implementations by itself; on a CPU Adam's takes a quarter of the time (55.7M parameters,
+# torch 2.13). Not measured on a GPU.
 KINDS = {"radam": RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
