@@ -21,12 +21,12 @@ def sample(options: argparse.Namespace) -> None:
     if options.columns < 1:
         raise ValueError(f"--columns must be at least 1, got {options.columns}")
     check_folder(options.out.parent, f"--out {options.out}")
-    model = from_pretrained(options.source)
+    model = from_pretrained(options.source, options.device)
     labels = repeat_labels(options.labels, options.num)
     samples = model.sample(
         options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True,
         solver=options.solver, guidance_teacher=options.guidance_teacher, prompts=options.prompts, vae=options.vae,
-        normalization=options.normalization,
+        normalization=options.normalization, mixed_precision=options.mixed_precision,
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix.lower() == ".png":
@@ -70,12 +70,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
     if options.out is not None:
         check_folder(options.out.parent, f"--out {options.out}")
-    model = from_pretrained(options.source)
+    model = from_pretrained(options.source, options.device)
     steps = DEFAULT_STEPS[model.role] if options.steps is None else options.steps
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
         guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
         vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
+        mixed_precision=options.mixed_precision,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} step{'s' * (steps != 1)}": scores}))
     if options.out is not None:
@@ -100,7 +101,7 @@ def export(options: argparse.Namespace) -> None:
     """A diffusers pipeline folder, or the adapters of a student trained with lora for its teacher's pipeline."""
     from distill.model import from_pretrained
 
-    folder = from_pretrained(options.source).export(
+    folder = from_pretrained(options.source, "cpu").export(
         options.out_dir, options.format, options.vae, options.pipeline, options.normalization
     )
     print(f"{'adapters' if options.format == 'lora' else 'diffusers pipeline'} in {folder}")
@@ -187,8 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", type=int, nargs="+", help="classes, cycled; default: all in turn")
     add_guidance(p)
     add_prompts_and_vae(p)
-    p.add_argument("--batch-size", type=int, default=250)
-    add_solver(p)
+    add_computation(p)
     p.add_argument("--columns", type=int, default=8, help="images a row of the grid (8)")
     arrays = "a .png grid, or .npz with images (uint8 NHWC), or latents (NCHW), and labels"
     p.add_argument("--out", type=Path, required=True, help=arrays)
@@ -199,8 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_steps_and_seed(p)
     add_guidance(p)
     add_prompts_and_vae(p)
-    p.add_argument("--batch-size", type=int, default=250)
-    add_solver(p)
+    add_computation(p)
     p.add_argument("--features", help="feature extractor: MNIST-CNN or pixels (MNIST-CNN for MNIST, else pixels)")
     p.add_argument("--data", default="mnist", help="data with train and test splits to score against")
     p.add_argument("--out", type=Path, help="write the scores as JSON")
@@ -299,8 +298,12 @@ def add_prompts_and_vae(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalization", default="vae", metavar="NAME", help=norm)
 
 
-def add_solver(parser: argparse.ArgumentParser) -> None:
+def add_computation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=250, help="images drawn at once (250)")
     parser.add_argument("--solver", default="heun", help="of a teacher: heun or dpmpp_2m (heun)")
+    precision = "no or bf16, in which the network is then evaluated (no)"
+    parser.add_argument("--mixed-precision", default="no", metavar="P", help=precision)
+    parser.add_argument("--device", metavar="D", help="such as cpu or cuda:1 (a GPU if there is one)")
 
 
 def sentence(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distill.autoencoders import autoencoder_class, image_channels, latent_channels
+from distill.device import default_device
 from distill.normalization import LatentNormalization, decode, normalization
 from distill.shards import MANIFEST, Kind, Shards, is_folder_of, open_shard
 from teachers import hub
@@ -59,7 +60,7 @@ def load_vae(source: str | Path) -> nn.Module:
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise ValueError(f"the autoencoder in {folder} has tensors missing or too many: {', '.join(map(str, wrong[:3]))}")
-    return vae.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return vae.to(default_device()).eval()
 
 
 class Decoder:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import teachers
+from distill.device import chosen_device
 from distill.latents import Decoder
 from distill.prompts import Prompts
 from distill.recipe import MINIMUM_SAMPLES, load_recipe
@@ -74,6 +75,7 @@ class Model:
         prompts: str | Path | Prompts | None = None,
         vae: str | Path | Decoder | None = None,
         normalization: str = "vae",
+        mixed_precision: str = "no",
     ) -> Tensor:
         """``(num, C, H, W)`` fp32: images in [-1, 1]; of a model of latents, without a ``vae``, latents as they are.
         Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
@@ -94,13 +96,14 @@ class Model:
             vae: a folder with the autoencoder of diffusers that decodes latents, of one frame if they are videos.
             normalization: of these latents, as in ``distill precompute latents``: edm2, scm, sd, or vae, which is what the
                 autoencoder's config says.
+            mixed_precision: ``bf16`` to evaluate the network in it, which a GPU, and a CPU with bf16 units, does faster.
 
         Raises:
             FileNotFoundError, ValueError: bad numbers of steps, labels, prompts or guidance, or a bad autoencoder.
         """
         batches = self.generate(
             num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver, guidance_teacher,
-            prompts, vae, normalization,
+            prompts, vae, normalization, mixed_precision,
         )  # fmt: skip
         return torch.cat([images for images, _ in batches])
 
@@ -127,7 +130,7 @@ class Model:
 
     def generate(
         self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False,
-        solver="heun", guidance_teacher=None, prompts=None, vae=None, normalization="vae",
+        solver="heun", guidance_teacher=None, prompts=None, vae=None, normalization="vae", mixed_precision="no",
     ) -> Iterator[tuple[Tensor, Condition | None]]:  # fmt: skip
         """:meth:`sample` as an iterator over batches of images and labels."""
         decoder = None if vae is None else self.decoder(vae, normalization)
@@ -139,6 +142,7 @@ class Model:
         batches = generate(
             network, num, num_inference_steps=steps, role=self.role, labels=labels, seed=seed,
             batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale), solver=solver,
+            mixed_precision=mixed_precision,
         )  # fmt: skip
         with tqdm(total=num, desc=f"{self.role}, {steps} steps", unit="image", disable=not progress) as bar:
             for images, used in batches:
@@ -176,12 +180,13 @@ class Model:
         normalization: str = "vae",
         batch_size: int = 250,
         solver: str = "heun",
+        mixed_precision: str = "no",
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
-        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts
-        and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how well they
-        follow their prompts is not measured.
+        ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts,
+        precision and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how
+        well they follow their prompts is not measured.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`sample`; fewer than 50 samples; latents without an autoencoder.
@@ -199,7 +204,7 @@ class Model:
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
-            solver=solver,
+            solver=solver, mixed_precision=mixed_precision,
         )  # fmt: skip
         return evaluate(batches, reference)
 
@@ -231,13 +236,16 @@ def load_guidance_teacher(source: str | Path | Teacher, device: str | torch.devi
     return teachers.load(source, device).requires_grad_(False)
 
 
-def from_pretrained(source: str | Path | Teacher) -> Model:
+def from_pretrained(source: str | Path | Teacher, device: str | torch.device | None = None) -> Model:
     """A model by whatever :func:`teachers.load` takes: a name, a path, ``hf://owner/name``, or a ``teachers.Teacher``.
 
+    Args:
+        device: where it computes; by default on a GPU if there is one. A ``Teacher`` in memory stays where it is.
+
     Raises:
-        FileNotFoundError, ValueError: see :func:`teachers.load`.
+        FileNotFoundError, ValueError: see :func:`teachers.load`; or a device that is not there.
     """
     if isinstance(source, Teacher):
         known = is_registered(source.native)
         return Model(source, model_config(source, "teacher") if known else {"role": "teacher", **source.metadata()})
-    return Model(teachers.load(source), teachers.load_config(source))
+    return Model(teachers.load(source, chosen_device(device)), teachers.load_config(source))

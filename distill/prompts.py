@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from distill.device import default_device
 from distill.shards import Kind, Shards, hash_of, model_hash, read_manifest, verify
 from teachers.condition import Embeddings, is_mask
 from teachers.diffusers import INDEX, read_json
@@ -71,7 +72,7 @@ class TextEncoders:
         self.pipeline = load_text_pipeline(Path(folder))
         self.name = type(self.pipeline).__name__
         self.encoding = ENCODINGS[self.name]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.pipeline.to(self.device)
         self.takes = inspect.signature(self.pipeline.encode_prompt).parameters
         self.defaults = {name: p.default for name, p in inspect.signature(self.pipeline.__call__).parameters.items()}

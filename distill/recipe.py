@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from distill.device import PRECISIONS
 from distill.schedule import INTERMEDIATE_TIMES
 
 # Of a recipe's file, and of its values with every alias written out.
@@ -220,7 +221,7 @@ class Recipe:
 
 CHOICES = {
     "objective": OBJECTIVES,
-    "mixed_precision": ("no", "bf16"),
+    "mixed_precision": PRECISIONS,
     "compile": (None, "inductor", "aot_eager"),
     "distributed": (None, "ddp", "fsdp", "hsdp"),
     "report_to": (None, "tensorboard", "wandb"),

@@ -49,7 +49,7 @@ from distill.recipe_networks import (
     teacher_verdicts,
     time_warnings,
 )
-from distill.sampling import count_evaluations, generate, search_times
+from distill.sampling import count_evaluations, device_of, generate, search_times
 from distill.schedule import student_times
 from distill.text_pipeline import is_text_network
 from distill.trainer import (
@@ -160,7 +160,7 @@ def report(recipe: Recipe, trained: Model, teacher: Teacher | None, prompts: Pro
     e, output = recipe.evaluation, Path(recipe.output_dir)
     reference = recipe_reference(recipe)
     entries = [("this run" if teacher is not None else "trained network", trained)]
-    entries += [(name, from_pretrained(name)) for name in e.also]
+    entries += [(name, from_pretrained(name, device_of(trained.network))) for name in e.also]
     grid, rows = {}, {}
     if teacher is not None and e.teacher_steps:
         title = f"teacher, {count_evaluations(e.teacher_steps)} NFE"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distill import trigflow
+from distill.device import PRECISIONS, autocast
 from distill.prompts import Prompts
 from distill.schedule import check_times, sample_seeds, student_times
 from teachers import Teacher
@@ -269,6 +270,7 @@ def generate(
     times: list[float] | None = None,
     guidance: float | None = None,
     solver: str = "heun",
+    mixed_precision: str = "no",
 ) -> Iterator[tuple[Tensor, Condition | None]]:
     """Batches of images ``(B, C, H, W)`` clamped to [-1, 1], or of latents as they are, and their labels, ``num`` in all.
 
@@ -278,6 +280,7 @@ def generate(
             again from its start after its end.
         guidance: classifier-free guidance scale of a teacher, or the input of a student that has one.
         solver: of a teacher: ``heun`` (2n - 1 evaluations) or ``dpmpp_2m`` (n evaluations).
+        mixed_precision: ``no`` or ``bf16``, in which the network then computes; steps between its evaluations stay fp32.
 
     Raises:
         ValueError: at once, before anything is drawn: bad numbers, times or labels.
@@ -292,6 +295,8 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; allowed: {', '.join(SOLVERS)}")
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision is {mixed_precision!r}; allowed: {', '.join(PRECISIONS)}")
     if role == "student" and solver != "heun":
         raise ValueError(f"solver {solver!r} is for a teacher; a student solves no ODE")
     if not 0 <= seed < 2**63:
@@ -304,18 +309,20 @@ def generate(
         sigma_grid(num_inference_steps)
     elif times is None:
         times = student_times(num_inference_steps, model.sigma_data)
-    return draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver)
+    return draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver, mixed_precision)
 
 
-def draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver):
+def draw(model, seeds, labels, num_inference_steps, role, batch_size, times, guidance, solver, mixed_precision):
     """The iterator behind :func:`generate`."""
+    device = device_of(model)
     for start in range(0, len(seeds), batch_size):
         part = slice(start, min(start + batch_size, len(seeds)))
         y = None if labels is None else labels[part]
-        if role == "teacher":
-            images = sample_teacher(model, seeds[part], y, num_inference_steps, solver, guidance=guidance)
-        else:
-            images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
+        with autocast(mixed_precision, device):
+            if role == "teacher":
+                images = sample_teacher(model, seeds[part], y, num_inference_steps, solver, guidance=guidance)
+            else:
+                images = sample_student(model, seeds[part], y, num_inference_steps, times, guidance)
         yield (images if model.latents else images.clamp(-1, 1)), y
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distill import checkpoint as ckpt
 from distill.data import StepSampler, recipe_prompts, training_data, training_loader
+from distill.device import autocast
 from distill.ema import EMA
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
@@ -27,7 +28,7 @@ from distill.log import MetricsLog, Window
 from distill.lora import adapters, merged
 from distill.model import Model
 from distill.noise import BatchGenerator
-from distill.objectives.scm import Loss, autocast, build_objective
+from distill.objectives.scm import Loss, build_objective
 from distill.objectives.stable_targets import StableTargets
 from distill.objectives.vsd import VSD, FakeScore
 from distill.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -519,7 +520,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.recipe.seed)
         noise = torch.randn(8, *self.network.sample_shape, generator=generator).to(self.device)
         t, labels = torch.linspace(0.1, 1.5, 8, device=self.device), self.network.example_condition(8, self.device)
-        with evaluation_mode(self.network), autocast(self.recipe, self.device):
+        with evaluation_mode(self.network), autocast(self.recipe.mixed_precision, self.device):
             rms = self.network(self.recipe.sigma_data * noise, t, labels).float().square().mean().sqrt().item()
         if not rms <= LARGEST_OUTPUT:
             raise self.divergence(f"at step {self.step} the network's output has an rms of {rms:.3g}, not 1", self.step)

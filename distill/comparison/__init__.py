@@ -57,7 +57,8 @@ def run(config: str | Path | dict, overrides: dict, command: str) -> dict:
 
 def prepare(config: ComparisonConfig) -> list[ModelEntry | ImagesEntry]:
     """The models and images of a comparison, checked against each other."""
-    found = {m.name: read_models(m, config.guidance_scales) for m in config.models if m.source is not None}
+    of_models = [m for m in config.models if m.source is not None]
+    found = {m.name: read_models(m, config.guidance_scales, config.mixed_precision) for m in of_models}
     models = [entry for entries in found.values() for entry in entries]
     check_alike(models)
     shape = models[0].sample_shape if models else image_shape(config)

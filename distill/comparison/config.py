@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distill.device import PRECISIONS
 from distill.recipe import MINIMUM_SAMPLES, expand_data, parse_dataclass, read_yaml, recipe_path, set_dotted
 from distill.sampling import SOLVERS
 
@@ -52,6 +53,7 @@ class ComparisonConfig:
     num_samples: int = 10_000
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     batch_size: int = 250
+    mixed_precision: str = "no"  # or bf16, in which the networks are then evaluated
     notes: str | None = None  # printed in the report
 
 
@@ -83,6 +85,8 @@ def check(config: ComparisonConfig, where: str) -> None:
         raise ValueError(f"{where}: num_samples must be at least {MINIMUM_SAMPLES}, got {config.num_samples}")
     if config.batch_size < 1:
         raise ValueError(f"{where}: batch_size must be at least 1, got {config.batch_size}")
+    if config.mixed_precision not in PRECISIONS:
+        raise ValueError(f"{where}: mixed_precision is {config.mixed_precision!r}; allowed: {', '.join(PRECISIONS)}")
     check_list(config.seeds, f"{where}: seeds", lambda seed: 0 <= seed < 2**63, "from 0 to 2^63 - 1")
     check_scales(config.guidance_scales, f"{where}: guidance_scales")
     names = [model.name for model in config.models]

@@ -14,9 +14,10 @@ from torch import Tensor
 import teachers
 from distill.comparison.config import ModelConfig
 from distill.data import Images, image_labels, load_images
+from distill.device import default_device
 from distill.model import DEFAULT_STEPS, Model
 from distill.recipe import MINIMUM_SAMPLES, DataConfig
-from distill.sampling import count_evaluations, cycle_labels, draw
+from distill.sampling import count_evaluations, cycle_labels, device_of, draw
 from distill.schedule import sample_seeds, student_times
 from distill.shards import file_hash, model_hash
 from teachers import Teacher
@@ -55,14 +56,16 @@ class ModelEntry:
 
     Args:
         source: the model, or one of the several that ``config`` lists.
+        mixed_precision: that it is evaluated in.
 
     Raises:
         FileNotFoundError, ValueError: no such model; steps, a solver or guidance scales that it cannot have; or its samples
             are no images.
     """
 
-    def __init__(self, config: ModelConfig, source: str, scales: list[float]):
+    def __init__(self, config: ModelConfig, source: str, scales: list[float], mixed_precision: str):
         self.name, self.source, self.solver = config.name, source, config.solver or "heun"
+        self.mixed_precision = mixed_precision
         self.config = teachers.load_config(source)
         self.role = self.config["role"]
         network = self.load()
@@ -80,7 +83,7 @@ class ModelEntry:
         self.sampler: Model | None = None
 
     def load(self) -> Teacher:
-        return teachers.load(self.source, "cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+        return teachers.load(self.source, default_device()).requires_grad_(False)
 
     def checked_steps(self, steps: list[int] | None) -> list[int]:
         if self.role == "teacher":
@@ -131,6 +134,7 @@ class ModelEntry:
             "model": self.digest, "role": self.role, "steps": steps, "guidance": scale, "seed": seed, "num": num,
             "solver": self.solver if self.role == "teacher" else None, "times": self.times(steps), "features": features,
         }  # fmt: skip
+        facts |= {} if self.mixed_precision == "no" else {"mixed_precision": self.mixed_precision}
         return Point(self, steps, scale, seed, num, self.evaluations(steps, scale), facts)
 
     def evaluations(self, steps: int, scale: float) -> int:
@@ -154,10 +158,14 @@ class ModelEntry:
         if self.sampler is None:
             self.sampler = Model(self.load(), self.config)
         start = time.perf_counter()
-        network, guidance, times = self.sampler.network, self.guidance_input(point.guidance), self.times(point.steps)
+        guidance, times = self.guidance_input(point.guidance), self.times(point.steps)
         if labels is not None:
-            labels = labels.to(next(network.parameters()).device)
-        for images, used in draw(network, seeds, labels, point.steps, self.role, batch_size, times, guidance, self.solver):
+            labels = labels.to(device_of(self.sampler.network))
+        batches = draw(
+            self.sampler.network, seeds, labels, point.steps, self.role, batch_size, times, guidance, self.solver,
+            self.mixed_precision,
+        )  # fmt: skip
+        for images, used in batches:
             images = images.cpu()  # waits until they are there
             yield images, None if used is None else used.cpu(), time.perf_counter() - start
             start = time.perf_counter()
@@ -177,14 +185,14 @@ class ModelEntry:
         self.sampler = None
 
 
-def read_models(config: ModelConfig, scales: list[float]) -> list[ModelEntry]:
+def read_models(config: ModelConfig, scales: list[float], mixed_precision: str) -> list[ModelEntry]:
     """A model's entries: one, or where several students are listed one for the scale of each.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`ModelEntry`; or what is listed is not a student of one scale, or two are of
             the same.
     """
-    entries = [ModelEntry(config, source, scales) for source in config.sources]
+    entries = [ModelEntry(config, source, scales, mixed_precision) for source in config.sources]
     if len(entries) < 2:
         return entries
     found: dict[float, str] = {}

@@ -41,6 +41,10 @@ class Report:
         self.sheets = {id(row): sheets(row) for row in self.shown}
         self.classes = sorted({c for strips in self.sheets.values() for c in strips if c != "all"}, key=int)
 
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.config.mixed_precision == "no" else self.config.mixed_precision
+
     def key(self, metric: str) -> str:
         return f"{self.features}-{metric}"
 
@@ -133,7 +137,8 @@ class Report:
             self.plot_cost(at_lowest, "nfe", "network evaluations an image"),
             self.plot_cost(at_lowest, "ms_per_image", "milliseconds an image"),
         ]
-        note = words.how_cost_is_counted(lowest, self.config.batch_size, self.settings()[0]["hardware"])
+        hardware = self.settings()[0]["hardware"]
+        note = words.how_cost_is_counted(lowest, self.config.batch_size, self.precision, hardware)
         over = [self.plot_guidance(key, name) for key, name in OVER_GUIDANCE.items()]
         return {"cost_plots": "\n".join(cost), "guidance_plots": "\n".join(over), "cost_note": note}
 
@@ -223,6 +228,7 @@ class Report:
             for e in self.entries
         ]
         facts = {"seeds": ", ".join(map(str, self.config.seeds)), "samples a point": f"{self.config.num_samples:,}"}
+        facts["evaluated in"] = self.precision
         for key in ("hardware", "system", "python", "torch", "scm-distill"):
             facts[key] = "; ".join(dict.fromkeys(s[key] for s in settings))
         facts["drawn on"] = "; ".join(dict.fromkeys(s["date"] for s in settings))

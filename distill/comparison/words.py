@@ -8,12 +8,12 @@ LEGEND = (
 )
 
 
-def how_cost_is_counted(scale: float | None, batch_size: int, hardware: str) -> str:
+def how_cost_is_counted(scale: float | None, batch_size: int, precision: str, hardware: str) -> str:
     where = "" if scale is None else f"At guidance scale {scale:g}, or the only one that a model has. "
     return (
         f"{where}An evaluation is one call of the network for one image: Heun's method in n steps makes 2n - 1 of them, "
         "DPM-Solver++ n, a student one a step; a guided teacher makes each of them twice, with the class and without. Times "
-        f"are measured, the median over batches of {batch_size}, on {hardware}."
+        f"are measured, the median over batches of {batch_size}, in {precision}, on {hardware}."
     )
 
 

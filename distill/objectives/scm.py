@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import trigflow
+from distill.device import autocast
 from distill.jvp import jvp, record_rng, replay_rng
 from distill.noise import draw
 from distill.objectives.stable_targets import StableTargets
@@ -92,11 +93,6 @@ def consistency_tangent(
     return -cos.square() * (sigma_data * F - dx_dt) - r * (cos * sin * x_t + sigma_data * cos_sin_dF)
 
 
-def autocast(recipe: Recipe, device: torch.device):
-    """The recipe's precision, for networks that Accelerate did not prepare."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
-
-
 class Diffusion:
     """TrigFlow's diffusion loss ``E ||F(x_t, t) - v_t / sigma_data||^2`` (equation 4), which trains teachers.
 
@@ -129,7 +125,7 @@ class Diffusion:
     def target(self, x0, z, x_t, t, labels) -> Tensor:
         """What ``F`` is to be at ``(x_t, t)``."""
         if self.velocity_teacher is not None:
-            with autocast(self.recipe, x_t.device):
+            with autocast(self.recipe.mixed_precision, x_t.device):
                 return self.velocity_teacher(x_t, t, labels).to(x_t.dtype)
         if self.stable_targets is not None:
             x0 = self.stable_targets(x_t, t, labels)
@@ -258,7 +254,7 @@ class Consistency:
         sd = self.recipe.sigma_data
         ramp = torch.linspace(0, 1, self.recipe.segments.solver_steps + 1, device=x_t.device)
         sigmas = trigflow.expand(sd * t.tan() * torch.exp(-ramp[:, None] * length), x_t[None])
-        with autocast(self.recipe, x_t.device):
+        with autocast(self.recipe.mixed_precision, x_t.device):
             x = exponential_adams(denoiser(self.teacher, labels, guidance), x_t / trigflow.expand(t.cos(), x_t), sigmas)
             s = trigflow.time_from_sigma(sigmas[-1].flatten(), sd)
             x_s = trigflow.expand(s.cos(), x) * x
@@ -278,7 +274,7 @@ class Consistency:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
         if self.teacher is None:
             return trigflow.velocity(x0, z, t)
-        with autocast(self.recipe, x_t.device):
+        with autocast(self.recipe.mixed_precision, x_t.device):
             F = self.teacher(x_t, t, labels, guidance)
         return self.recipe.sigma_data * F.to(x_t.dtype)
 
@@ -287,7 +283,7 @@ class Consistency:
         cos_sin = t.cos() * t.sin()
         scale = cos_sin if self.recipe.tangent.rearrangement else torch.ones_like(t)
         tangents = (trigflow.expand(scale, x_t) * dx_dt, scale)
-        with autocast(self.recipe, x_t.device), flash_attention(self.recipe.tangent.flash_attention):
+        with autocast(self.recipe.mixed_precision, x_t.device), flash_attention(self.recipe.tangent.flash_attention):
             call = lambda x, time: network(x, time, labels, guidance)  # noqa: E731
             F, dF = jvp(call, (x_t, t), tangents, self.recipe.tangent.shared_primal, self.recipe.compile)
         F, dF = F.to(x_t.dtype), dF.to(x_t.dtype)
@@ -302,7 +298,7 @@ class Consistency:
         """
         sd = self.recipe.sigma_data
         x_next = trigflow.ddim_step(x_t, dx_dt / sd, t, t_next, sd)
-        with autocast(self.recipe, x_t.device):
+        with autocast(self.recipe.mixed_precision, x_t.device):
             F = network(x_t, t, labels, guidance).to(x_t.dtype)
             with replay_rng(rng) if rng else nullcontext():
                 F_next = network(x_next, t_next, labels, guidance).to(x_t.dtype)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from distill import trigflow
+from distill.device import autocast
 from distill.noise import draw
-from distill.objectives.scm import AdaptiveWeighting, Loss, autocast, mean_square, sample_guidance, weighted_loss
+from distill.objectives.scm import AdaptiveWeighting, Loss, mean_square, sample_guidance, weighted_loss
 from distill.recipe import Recipe
 from distill.sampling import consistency_sample
 from distill.schedule import student_times
@@ -66,7 +67,7 @@ class VSD:
         sd = self.recipe.sigma_data
         z = sd * draw(torch.randn, x.shape, generator).to(x)
         x_t = trigflow.perturb(x, z, t)
-        with autocast(self.recipe, x.device):
+        with autocast(self.recipe.mixed_precision, x.device):
             F_teacher = self.teacher(x_t, t, labels, guidance).to(x.dtype)
             F_fake = self.fake(x_t, t, labels, guidance).to(x.dtype)
         return F_teacher - F_fake, trigflow.consistency_function(x_t, F_teacher, t, sd)
@@ -119,7 +120,7 @@ def generate_samples(
         return sd * draw(torch.randn, shape, generator).to(device)
 
     def earlier_step(x: Tensor, s: Tensor) -> Tensor:
-        with autocast(recipe, device):
+        with autocast(recipe.mixed_precision, device):
             return network(x, s, labels, guidance).to(x.dtype)
 
     x_t, t = noise(), torch.full((shape[0],), times[last], device=device)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.device import autocast
 from distill.jvp import jvp
 from distill.parallel import blocks
 from distill.plan.networks import Networks, hollow
@@ -123,7 +124,7 @@ class Passes:
         return counter.get_total_flops(), peak
 
     def peak(self, network: Teacher, batch: int, call: Callable) -> int:
-        precision = torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.mixed_precision == "bf16")
+        precision = autocast(self.recipe.mixed_precision, torch.device("cpu"))
         try:
             with self.mode, attention_as_on_gpu(self.gpu):
                 x, t = torch.zeros(batch, *network.sample_shape), torch.ones(batch)

@@ -158,6 +158,21 @@ def test_a_comparison_goes_on_and_computes_only_what_is_missing(compared, work, 
         assert new["scores"] == old["scores"]
 
 
+def test_another_precision_is_another_point(compared, work, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(compared[0], out)
+    models = values(work, out)["models"][1:3]
+    report = distill.compare(values(work, out, models=models, seeds=[0], mixed_precision="bf16"))
+    (half,) = load_points(out, role="student", guidance=1.5, seed=0, mixed_precision="bf16")
+    (plain,) = [p for p in load_points(out, role="student", guidance=1.5, seed=0) if "mixed_precision" not in p["facts"]]
+    kept = [load_file(out / "points" / p["samples"]) for p in (half, plain)]
+    features = [tensors["features"] for tensors in kept]
+    assert 0 < (features[0] - features[1]).norm() / features[1].norm() < 0.05
+    assert row(report, "fixed", 1, 1.5)["points"] == [half["samples"]]
+    page = (out / "report.html").read_text()
+    assert "in bf16, on" in page and "in fp32, on" in (compared[0] / "report.html").read_text()
+
+
 def test_intervals_are_over_seeds_or_bootstrapped_or_absent(compared):
     _, report = compared
     drawn, folder = row(report, "teacher", 2, 1.0)["scores"], row(report, "folder")["scores"]
@@ -240,6 +255,7 @@ MISTAKES = [
     ({"models": [{"name": "a", "images": "empty"}]}, "cannot be loaded"),
     ({"models": [{"name": "a", "images": "broken"}]}, "'broken': image "),
     ({"models": [{"name": "a", "images": "few"}]}, "'few' holds 49 images, scores need at least 50"),
+    ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'; allowed: no, bf16"),
     ({"num_samples": 49}, "num_samples must be at least 50, got 49"),
     ({"seeds": []}, "seeds must hold at least one value"),
     ({"guidance_scales": [1.0, 1.0]}, "guidance_scales must differ, got 1.0 twice"),

@@ -156,6 +156,25 @@ def test_image_i_depends_on_neither_batch_size_nor_number(teacher, role):
     assert whole.abs().max() <= 1
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_in_bf16_the_network_computes_but_no_step(teacher, role):
+    given, inside = set(), set()
+    teacher.native.register_forward_pre_hook(lambda _, args: given.update(x.dtype for x in args[:2]))
+    for layer in teacher.native.modules():
+        layer.register_forward_hook(lambda layer, _, out: inside.add(out.dtype))
+    options = dict(num_inference_steps=3, role=role, seed=7, batch_size=2)
+    images = torch.cat([x for x, _ in sampling.generate(teacher, 4, **options)])
+    assert torch.bfloat16 not in inside
+    half = torch.cat([x for x, _ in sampling.generate(teacher, 4, mixed_precision="bf16", **options)])
+    assert torch.bfloat16 in inside and torch.bfloat16 not in given
+    assert half.dtype == torch.float32 and 0 < (half - images).norm() / images.norm() < 0.05
+
+
+def test_between_batches_the_precision_is_the_callers(teacher):
+    for _ in sampling.generate(teacher, 2, num_inference_steps=1, role="student", batch_size=1, mixed_precision="bf16"):
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_sampling_leaves_the_training_mode_alone(teacher):
     teacher.train()
     sampling.sample_student(teacher, [0], torch.tensor([1]), 1)

@@ -1,0 +1,31 @@
+"""Where networks compute, and in which precision."""
+
+import torch
+
+PRECISIONS = ("no", "bf16")
+
+
+def default_device() -> torch.device:
+    """A GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default :func:`default_device`.
+
+    Raises:
+        ValueError: no name of a device, or one that this machine or this PyTorch does not have.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(name)!r} is not there; allowed are cpu, and with a GPU cuda or cuda:N") from error
+    return device
+
+
+def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """A context in which networks compute in a precision, one of :data:`PRECISIONS`, but their times in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
