@@ -13,30 +13,35 @@ from teachers.pretrained import write_atomically
 
 
 class Window:
-    """Sums of logged values since the last log line, kept on the device until read."""
+    """What the steps since the last log line had to log, kept on the device until read."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # of VSD fewer than steps where it begins
-        self.largest: dict[str, Tensor] = {}  # of norms, whose single spikes a mean would hide
-        self.steps, self.start = 0, time.perf_counter()
+        self.rows: list[tuple[dict[str, Tensor], Tensor]] = []
+        self.start = time.perf_counter()
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.steps += 1
-        for key, value in values.items():
-            value = value.detach()
-            self.sums[key] = self.sums.get(key, 0) + value
-            self.counts[key] = self.counts.get(key, 0) + 1
-            if key.endswith("_norm"):
-                name = f"largest_{key}"
-                self.largest[name] = torch.maximum(self.largest.get(name, value), value)
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
+
+    def add(self, values: dict[str, Tensor], finite: Tensor) -> None:
+        """One step: scalars by name (of VSD only once it has begun), and whether they count."""
+        self.rows.append(({key: value.detach() for key, value in values.items()}, finite))
 
     def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
-        """By name, averaged over processes too, and the largest norms: one reduction, and one wait for the device."""
-        if not self.sums:
+        """By name, averaged over processes too, and the largest norms, whose single spikes a mean would hide: one
+        reduction, and one wait for the device. Nothing if no step counts.
+        """
+        if not self.rows:
             return {}
-        values = {key: total / self.counts[key] for key, total in self.sums.items()} | self.largest
-        return dict(zip(values, over_processes(torch.stack(list(values.values()))).tolist(), strict=True))
+        values = {"steps": torch.stack([finite for _, finite in self.rows]).float().sum()}
+        for key in dict.fromkeys(key for row, _ in self.rows for key in row):
+            found = [(row[key], finite) for row, finite in self.rows if key in row]
+            numbers, count = (torch.stack(column) for column in zip(*found, strict=True))
+            values[key] = torch.where(count, numbers, 0).sum() / count.sum()
+            if key.endswith("_norm"):
+                values[f"largest_{key}"] = torch.where(count, numbers, -math.inf).max()
+        means = dict(zip(values, over_processes(torch.stack(list(values.values()))).tolist(), strict=True))
+        return means if means.pop("steps") else {}
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start

@@ -21,7 +21,7 @@ class RAdam(torch.optim.Adam):
     def step(self, closure=None):
         own = [(group["lr"], group["eps"]) for group in self.param_groups]
         for group in self.param_groups:
-            group["steps"] = group.get("steps", 0) + 1
+            group["steps"] = group.get("steps", 0) + 1  # with those that found_inf skips, which the host does not know
             group["lr"], group["eps"] = self.rectified(**group)
         try:
             return super().step(closure)
@@ -44,7 +44,7 @@ class RAdam(torch.optim.Adam):
         own = {"fused": True, "foreach": None, "amsgrad": False}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
-        for group in self.param_groups:
+        for group in (group for group in self.param_groups if "steps" not in group):
             steps = [int(self.state[p]["step"]) for p in group["params"] if "step" in self.state[p]]
             group["steps"] = max(steps, default=0)
 

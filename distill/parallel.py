@@ -362,10 +362,10 @@ class Placement:
             for weighting in weightings:
                 self.place(weighting)
         parameters = [p for module in (network, *weightings) for p in module.parameters() if p.requires_grad]
-        optimizer = build_optimizer(parameters)
-        if self.sharded:
-            return network, optimizer, *weightings
-        return self.accelerator.prepare(network, optimizer, *weightings)
+        optimizer = build_optimizer(parameters)  # as it is: Accelerate's wrapper takes no found_inf
+        if not self.sharded:
+            network, *weightings = map(self.accelerator.prepare_model, (network, *weightings))
+        return network, optimizer, *weightings
 
     def synchronization(self, prepared: nn.Module, last: bool):
         """Gradients are reduced over processes in the last part of an accumulated step only. Those of shards always are: the

@@ -47,6 +47,7 @@ from distill.recipe_networks import (
     time_warnings,
 )
 from distill.sampling import evaluation_mode, generate
+from distill.transfer import Readback, to_device
 from distill.visual import plot_curves, save_grid
 from teachers import Teacher
 from teachers.condition import Condition
@@ -203,6 +204,7 @@ class Trainer:
             self.compile_networks()
         self.step = 0
         self.nonfinite = {"in_a_row": 0, "total": 0}
+        self.outcome: tuple[int, Readback] | None = None  # of the last step, until it is read
         self.endpoint: EndpointError | None = None
         self.velocity_error: VelocityError | None = None
         self.converged = False
@@ -210,6 +212,7 @@ class Trainer:
         self.endpoint_history: list[dict[float, float]] = []
         self.stop_signal: signal.Signals | None = None  # that this process got
         self.agreed_signal: signal.Signals | None = None  # that any of several processes got, as all of them know
+        self.signalled: list[Tensor] = []  # of several processes, the share that got each of STOP_SIGNALS by this step
         self.start, self.earlier_seconds = time.perf_counter(), 0.0
 
     def compile_networks(self) -> None:
@@ -373,11 +376,13 @@ class Trainer:
             while self.step < recipe.max_train_steps and not self.converged:
                 self.train_step(batches, window)
                 bar.update()
-                if self.step % recipe.logging_steps == 0:
+                last = self.step == recipe.max_train_steps
+                logs, validates = self.step % recipe.logging_steps == 0, self.step % recipe.validation_steps == 0 or last
+                if logs or validates or self.step % recipe.checkpointing_steps == 0:
+                    self.settle()
+                if logs:
                     self.log(log, bar, window)
                     window = Window()
-                last = self.step == recipe.max_train_steps
-                validates = self.step % recipe.validation_steps == 0 or last
                 # After a step that was not finite the weights may be none to go on from.
                 saves = (self.step % recipe.checkpointing_steps == 0 and not self.nonfinite["in_a_row"]) or last
                 if validates or saves:
@@ -400,28 +405,31 @@ class Trainer:
                 signal.signal(number, handler)
 
     def train_step(self, batches, window: Window) -> None:
-        """One optimizer step over the accumulated batches; a non-finite one is skipped and counted. A fake score is updated
-        before, on the same labels.
+        """One optimizer step over the accumulated batches. A fake score is updated before, on the same labels.
+
+        If something is not finite the step changes no weights. Whether it was, the host reads one step later: it would
+        otherwise wait for the device, and this then for the host.
         """
         parts = [self.to_device(*next(batches)) for _ in range(self.recipe.gradient_accumulation_steps)]
         rate = learning_rate(self.recipe.optimizer, self.step, self.recipe.max_train_steps)
         set_learning_rate(self.optimizer, rate)
-        logs, finite = {}, True
+        all_finite, logs = [], {}
         if self.uses_vsd:
             set_learning_rate(self.fake.optimizer, rate * self.fake.relative_learning_rate)
-            finite, logs = self.train_fake(parts)
+            all_finite, logs = self.train_fake(parts)
         losses = [loss for number, part in enumerate(parts) for loss in self.backward(number, *part)]
         values = mean_logs(losses, len(parts))
-        stepped, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
-        self.count_nonfinite(finite and stepped)
-        if stepped and hasattr(self.network.native, "normalize_weights"):
+        finite, grad_norm = self.optimizer_step(self.optimizer, values["loss"])
+        finite = torch.stack([finite, *all_finite]).all()
+        if hasattr(self.network.native, "normalize_weights"):
             self.network.native.normalize_weights()
         self.step += 1
-        if stepped:
-            for ema in self.averages:
-                ema.update(self.network, self.step * self.batch_images, self.batch_images)
-        if finite and stepped:
-            window.add({**values, "grad_norm": grad_norm, **logs})
+        for ema in self.averages:
+            ema.update(self.network, self.step * self.batch_images, self.batch_images)
+        window.add({**values, "grad_norm": grad_norm, **logs}, finite)
+        outcome = self.step, Readback(torch.cat([finite[None].float(), *self.signalled]))
+        self.settle()
+        self.outcome = outcome
 
     @property
     def uses_vsd(self) -> bool:
@@ -430,8 +438,10 @@ class Trainer:
         return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
 
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
-        labels = labels.to(self.device) if self.recipe.is_conditional else None
-        return x0.to(self.device), labels
+        x0 = to_device(x0, self.device)
+        if not self.recipe.is_conditional:
+            return x0, None
+        return x0, to_device(labels, self.device) if torch.is_tensor(labels) else labels.to(self.device)
 
     def backward(self, part: int, x0: Tensor, labels: Condition | None) -> list[Loss]:
         """The gradients of one batch, of one objective after the other: no more than one graph is in memory."""
@@ -453,9 +463,9 @@ class Trainer:
         torch.manual_seed(step_seed(seed, step, rank, *part))
         return BatchGenerator.seeded(step_seed(seed, step, 0, *part), rank, self.accelerator.num_processes)
 
-    def train_fake(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[bool, dict[str, Tensor]]:
-        """The fake score's updates of one step: whether all were finite, and what to log."""
-        fake, finite = self.fake, True
+    def train_fake(self, parts: list[tuple[Tensor, Condition | None]]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The fake score's updates of one step: of each whether it was finite, and what to log."""
+        fake, finite = self.fake, []
         for update in range(self.recipe.vsd.fake_updates):
             losses = []
             for number, (x0, labels) in enumerate(parts):
@@ -465,22 +475,24 @@ class Trainer:
                     self.accelerator.backward(loss / len(parts))
                 losses.append(loss.detach())
             loss = torch.stack(losses).mean()
-            finite &= self.optimizer_step(fake.optimizer, loss)[0]
+            finite.append(self.optimizer_step(fake.optimizer, loss)[0])
             if hasattr(fake.network.native, "normalize_weights"):
                 fake.network.native.normalize_weights()
         return finite, {"fake_loss": loss}
 
-    def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[bool, Tensor]:
-        """Step unless ``loss`` or the gradient is not finite on any process: whether it did, and the gradient's norm."""
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Step unless ``loss`` or the gradient is not finite on any process: whether they are, and the gradient's norm, both
+        on the device.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm, limit = torch.nn.utils.get_total_norm(gradients), self.recipe.optimizer.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         grad_norm = whole(norm)
-        finite = bool(torch.isfinite(self.over_processes(loss) + grad_norm))
-        if finite:
-            optimizer.step()
+        finite = torch.isfinite(self.over_processes(loss) + grad_norm)
+        optimizer.found_inf = (~finite).float()  # by which a fused optimizer changes nothing
+        optimizer.step()
         optimizer.zero_grad()
         return finite, grad_norm
 
@@ -488,19 +500,34 @@ class Trainer:
         """The mean of ``loss``; the signals that processes got go along."""
         if self.placement.world == 1:
             return loss
-        got = [float(self.stop_signal == number) for number in STOP_SIGNALS]
-        loss, *got = self.placement.mean(torch.stack([loss, *loss.new_tensor(got)]))
-        self.agreed_signal = next((n for n, share in zip(STOP_SIGNALS, got, strict=True) if share > 0), self.agreed_signal)
-        return loss
+        got = torch.tensor([float(self.stop_signal == number) for number in STOP_SIGNALS])
+        values = self.placement.mean(torch.cat([loss[None], to_device(got, loss.device).to(loss.dtype)]))
+        self.signalled = [values[1:].float()]
+        return values[0]
 
-    def count_nonfinite(self, finite: bool) -> None:
+    def settle(self) -> None:
+        """Take note of how the last step ended, if that was not read yet.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+        """
+        if self.outcome is None:
+            return
+        step, numbers = self.outcome[0], self.outcome[1].read()
+        self.outcome = None
+        if self.placement.world > 1:
+            got = zip(STOP_SIGNALS, numbers[1:], strict=True)
+            self.agreed_signal = next((n for n, share in got if share > 0), self.agreed_signal)
+        self.count_nonfinite(step, bool(numbers[0]))
+
+    def count_nonfinite(self, step: int, finite: bool) -> None:
         self.nonfinite["in_a_row"] = 0 if finite else self.nonfinite["in_a_row"] + 1
         self.nonfinite["total"] += not finite
         if not finite:
-            self.print(f"step {self.step + 1}: loss or gradient is not finite; skipped")
+            self.print(f"step {step}: loss or gradient is not finite; skipped")
         if not finite and self.nonfinite["in_a_row"] >= self.recipe.max_nonfinite_steps:
             count = self.nonfinite["in_a_row"]
-            raise self.divergence(f"{count} steps in a row were not finite at step {self.step + 1}", self.step + 1 - count)
+            raise self.divergence(f"{count} steps in a row were not finite at step {step}", step - count)
 
     def divergence(self, reason: str, since: int) -> TrainingError:
         """What a run ends with whose weights are no good ``since`` some step."""
@@ -536,6 +563,7 @@ class Trainer:
         self.stop_signal = signal.Signals(number)
 
     def stop(self) -> None:
+        self.settle()
         path = self.save()
         name = self.signal.name
         self.print(f"stopped by {name} at step {self.step}; continue with resume_from_checkpoint=latest ({path})")

@@ -20,6 +20,7 @@ from distill.objectives.stable_targets import StableTargets
 from distill.parallel import is_sharded
 from distill.recipe import Recipe, TangentConfig
 from distill.sampling import denoiser, exponential_adams
+from distill.transfer import to_device
 from teachers import Teacher
 from teachers.condition import Condition
 from teachers.networks.flash_attention import flash_attention
@@ -111,10 +112,10 @@ class Diffusion:
 
     def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
         p = self.recipe
-        t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, p.sigma_data, generator).to(x0.device)
-        z = p.sigma_data * draw(torch.randn, x0.shape, generator).to(x0.device)
+        t = to_device(trigflow.sample_times(len(x0), p.p_mean, p.p_std, p.sigma_data, generator), x0.device)
+        z = p.sigma_data * to_device(draw(torch.randn, x0.shape, generator), x0.device)
         if labels is not None and p.label_dropout:
-            drop = (draw(torch.rand, (len(x0),), generator) < p.label_dropout).to(x0.device)
+            drop = to_device(draw(torch.rand, (len(x0),), generator) < p.label_dropout, x0.device)
             labels = network.drop_condition(labels, drop)
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
@@ -202,7 +203,7 @@ class Consistency:
     def noisy_batch(self, x0, labels, generator) -> NoisyBatch:
         """Step 1 of Algorithm 1."""
         t, t_next = self.sample_times(len(x0), generator, x0.device)
-        z = self.recipe.sigma_data * draw(torch.randn, x0.shape, generator).to(x0.device)
+        z = self.recipe.sigma_data * to_device(draw(torch.randn, x0.shape, generator), x0.device)
         guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
 
@@ -222,7 +223,7 @@ class Consistency:
     def segment_targets(self, network, batch: NoisyBatch, on_segment, step: int, generator) -> tuple[Tensor, Tensor]:
         """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros."""
         target, g = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
-        length = draw(torch.rand, (len(batch.t),), generator).clamp(min=1e-3).to(batch.t.device)
+        length = to_device(draw(torch.rand, (len(batch.t),), generator).clamp(min=1e-3), batch.t.device)
         off, on = self.evaluated(~on_segment, step), self.evaluated(on_segment, step)
         if off.any():
             F, tangent = self.tangent(network, batch.rows(off), step, None)
@@ -266,9 +267,9 @@ class Consistency:
         p = self.recipe
         t = trigflow.sample_times(n, p.p_mean, p.p_std, p.sigma_data, generator)
         if self.grid is None:
-            return t.float().to(device), None
+            return to_device(t.float(), device), None
         index = torch.searchsorted(self.grid, t).clamp(1, len(self.grid) - 1)
-        return self.grid[index].float().to(device), self.grid[index - 1].float().to(device)
+        return tuple(to_device(self.grid[i].float(), device) for i in (index, index - 1))
 
     def pf_ode_velocity(self, x0, z, x_t, t, labels, guidance) -> Tensor:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""
@@ -314,7 +315,7 @@ def sample_guidance(recipe: Recipe, n: int, generator: torch.Generator, device) 
     if not isinstance(recipe.guidance_scale, list):
         return None
     low, high = recipe.guidance_scale
-    return (low + (high - low) * draw(torch.rand, (n,), generator)).to(device)
+    return to_device(low + (high - low) * draw(torch.rand, (n,), generator), device)
 
 
 def discrete_times(n: int, sigma_data: float, sigma_min=0.002, sigma_max=80.0, rho=7.0) -> Tensor:

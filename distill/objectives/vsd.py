@@ -23,6 +23,7 @@ from distill.objectives.scm import AdaptiveWeighting, Loss, mean_square, sample_
 from distill.recipe import Recipe
 from distill.sampling import consistency_sample
 from distill.schedule import student_times
+from distill.transfer import to_device
 from teachers import Teacher
 from teachers.condition import Condition
 
@@ -48,7 +49,8 @@ class VSD:
         p = self.recipe.vsd
         guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         x = generate_samples(student, network, self.recipe, x0.shape, labels, guidance, generator, x0.device)
-        t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, self.recipe.sigma_data, generator).float().to(x0.device)
+        t = trigflow.sample_times(len(x0), p.p_mean, p.p_std, self.recipe.sigma_data, generator)
+        t = to_device(t.float(), x0.device)
         difference, denoised = self.score_difference(x.detach(), t, labels, guidance, generator)
         logs = {"score_difference": mean_square(difference).sqrt().mean()}
         # x - x^- is 0, so the gradient of ||x - x^- + direction||^2 / 2 by x is the direction itself.
@@ -65,7 +67,7 @@ class VSD:
         teacher denoises them to.
         """
         sd = self.recipe.sigma_data
-        z = sd * draw(torch.randn, x.shape, generator).to(x)
+        z = sd * to_device(draw(torch.randn, x.shape, generator), x.device)
         x_t = trigflow.perturb(x, z, t)
         with autocast(self.recipe.mixed_precision, x.device):
             F_teacher = self.teacher(x_t, t, labels, guidance).to(x.dtype)
@@ -95,8 +97,8 @@ class FakeScore:
         guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         with torch.no_grad():
             x = generate_samples(network, network, self.recipe, x0.shape, labels, guidance, generator, x0.device)
-        t = trigflow.sample_times(len(x), p.fake_p_mean, p.fake_p_std, sd, generator).float().to(x.device)
-        z = sd * draw(torch.randn, x.shape, generator).to(x)
+        t = to_device(trigflow.sample_times(len(x), p.fake_p_mean, p.fake_p_std, sd, generator).float(), x.device)
+        z = sd * to_device(draw(torch.randn, x.shape, generator), x.device)
         error = mean_square(fake(trigflow.perturb(x, z, t), t, labels, guidance) - trigflow.velocity(x, z, t) / sd)
         return weighted_loss(error, t, self.weighting)
 
@@ -117,7 +119,7 @@ def generate_samples(
     last = choose(range(len(times)), generator)
 
     def noise() -> Tensor:
-        return sd * draw(torch.randn, shape, generator).to(device)
+        return sd * to_device(draw(torch.randn, shape, generator), device)
 
     def earlier_step(x: Tensor, s: Tensor) -> Tensor:
         with autocast(recipe.mixed_precision, device):

@@ -1,6 +1,7 @@
 """The trainer through its public face: exact resume, signals, bad numbers, full disks."""
 
 import json
+import math
 import re
 import resource
 import signal
@@ -14,13 +15,15 @@ import yaml
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from support import UNET2D
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
 import teachers
 from distill import checkpoint as ckpt
-from distill.data import teacher_samples
+from distill.data import teacher_samples, training_data, training_loader
 from distill.ema import EMA, power_exponent
 from distill.endpoint import EndpointError, rising_at_small_t
+from distill.log import Window
 from distill.optimizer import build_optimizer, learning_rate
 from distill.recipe import OptimizerConfig, parse_recipe
 from distill.recipe_networks import build_teacher, set_dropout
@@ -150,22 +153,85 @@ def equal_modules(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world):
-    _, values = world
-    trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
-    before = weights(trainer)
+def break_steps(trainer, broken):
+    """Make the losses of these steps, counted from 1, not finite."""
     objective = trainer.objectives[0][0]
     original = objective.__class__.__call__
 
-    def broken(self, *args):
-        result = original(self, *args)
-        return result._replace(loss=result.loss * float("nan"))
+    def call(self, student, network, x0, labels, step, generator):
+        result = original(self, student, network, x0, labels, step, generator)
+        return result._replace(loss=result.loss * float("nan")) if step + 1 in broken else result
 
-    objective.__class__ = type("Broken", (objective.__class__,), {"__call__": broken})
-    with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
+    objective.__class__ = type("Broken", (objective.__class__,), {"__call__": call})
+
+
+def test_nonfinite_steps_are_skipped_counted_and_fatal_past_a_limit(world, capsys):
+    _, values = world
+    trainer = Trainer(parse_recipe({**values, "max_nonfinite_steps": 3}, "test"))
+    before = weights(trainer)
+    break_steps(trainer, range(100))
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite at step 3; the last good checkpoint: none"):
         trainer.train()
     assert trainer.nonfinite["total"] == 3
+    assert "step 3: loss or gradient is not finite; skipped" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(weights(trainer), before, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adam"])
+def test_a_run_with_a_nonfinite_step_goes_on_and_resumes_exactly(world, optimizer):
+    folder, values = world
+    values |= {"optimizer": {"name": optimizer, "learning_rate": 1e-3}, "max_nonfinite_steps": 2, "logging_steps": 3}
+    values |= {"checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    whole = Trainer(parse_recipe(values, "test"))
+    break_steps(whole, [2, 5])
+    network, seen, original = whole.network, {}, whole.train_step
+
+    def train_step(*args):
+        original(*args)
+        seen[whole.step] = [p.clone() for p in network.parameters()]
+
+    whole.train_step = train_step
+    whole.train()
+    unchanged = [step for step in range(2, 7) if all(map(torch.equal, seen[step], seen[step - 1]))]
+    assert unchanged == [2, 5] and whole.nonfinite == {"total": 2, "in_a_row": 0}
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["nonfinite_steps"] for line in lines] == [1, 2] and all(math.isfinite(x) for x in lines[1].values())
+    assert [path.name for path in ckpt.checkpoints(folder / "run")] == [f"checkpoint-{step}" for step in (1, 3, 4, 6)]
+    again = Trainer(parse_recipe({**values, "resume_from_checkpoint": str(folder / "run/checkpoint-4")}, "test"))
+    break_steps(again, [5])
+    again.train()
+    assert equal(again, whole) and again.nonfinite == whole.nonfinite
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a number, and shapes that depend on values."""
+
+    KINDS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in self.KINDS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": "training"}, {"objective": "diffusion"}, {"mixed_precision": "bf16"}])
+def test_a_step_does_not_wait_for_the_device(world, changes):
+    _, values = world
+    changes = {**changes, "tangent": {}} if changes.get("objective") == "diffusion" else changes
+    trainer = Trainer(parse_recipe({**values, **changes, "optimizer": {"max_grad_norm": 1.0}}, "test"))
+    data = training_data(trainer.recipe, trainer.teacher, trainer.output_dir / "cache")
+    batches, window = iter(training_loader(data, trainer.sampler(len(data)), 0)), Window()
+    trainer.train_step(batches, window)
+    with Waits() as waits:
+        trainer.train_step(batches, window)
+    assert waits.count == 0
+    with Waits() as waits:
+        bool(torch.ones(()).isfinite())
+    assert waits.count == 1
 
 
 def test_an_absurd_learning_rate_ends_with_the_last_good_checkpoint(world, capsys):

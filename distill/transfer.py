@@ -1,0 +1,27 @@
+"""Tensors between host and device, so that neither waits for the other."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Of the host, on the device. To a GPU the copy is queued behind the work that it has; an ordinary one would first
+    let all of that end.
+    """
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Readback:
+    """Numbers ``(N,)`` of the device that the host reads later."""
+
+    def __init__(self, values: Tensor):
+        self.values = values.detach().to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> list[float]:
+        """The numbers; waits until the device has come to them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()
