@@ -24,14 +24,20 @@ def train_all(cases: dict[str, dict], steps: int, folder: str) -> None:
 
 
 def train(values: dict, steps: int) -> dict[str, dict]:
-    """The gradients of a recipe's first step, all weights after some ``steps``, each in one piece, and what was logged."""
-    trainer = Trainer(parse_recipe(values, "test"))
+    """The gradients of a recipe's first step, all weights after some ``steps``, each in one piece, and what was logged.
+
+    ``values["broken"]``, which is no key of a recipe, names steps in which the first process' loss is not finite.
+    """
+    broken = values.get("broken", ())
+    trainer = Trainer(parse_recipe({key: value for key, value in values.items() if key != "broken"}, "test"))
     gradients, original = {}, trainer.optimizer_step
 
     def optimizer_step(optimizer, loss):
         if trainer.step == 0 and optimizer is trainer.optimizer:
             named = trainer.network.named_parameters()
             gradients.update({name: whole(p.grad).clone() for name, p in named if p.grad is not None})
+        if trainer.step + 1 in broken and trainer.accelerator.process_index == 0:
+            loss = loss * float("nan")
         return original(optimizer, loss)
 
     trainer.optimizer_step = optimizer_step

@@ -112,6 +112,7 @@ def test_two_processes_train_as_one(server, folder, kind, halves):
 @several_processes
 def test_two_processes_train_everything_in_shards(server, folder):
     cases = {"everything fsdp": recipe(folder, **EVERYTHING, distributed="fsdp")}
+    cases["skipped fsdp"] = recipe(folder, distributed="fsdp", broken=[2, 5])
     # The blocks of a network of diffusers are gathered in bf16. A time in bf16 would make the gradient quite another one.
     cases["bf16 fsdp"] = recipe(folder, teacher="DiT", mixed_precision="bf16", distributed="fsdp", **BOTH)
     exact(server, folder, cases, 2)
