@@ -14,6 +14,7 @@ from collections import defaultdict
 from unittest.mock import patch
 
 from distill.cpu import tune_cpu
+from distill.ema import update_averages
 from distill.log import Window
 from distill.recipe import load_recipe, parse_overrides
 from distill.sampling import generate
@@ -53,13 +54,12 @@ class TimedBatches:
 
 def training(trainer: Trainer) -> dict[str, float]:
     clock, loop = Clock(), trainer.loop
-    for ema in trainer.averages:
-        ema.update = clock.timed("averages", ema.update)
     trainer.log = clock.timed("log", trainer.log)
     trainer.validate = lambda log: {}
     trainer.save = lambda: None
     trainer.loop = clock.timed("run", lambda batches, log: loop(TimedBatches(batches, clock), log))
-    with patch.object(Window, "add", clock.timed("log", Window.add)):
+    averages = patch("distill.trainer.update_averages", clock.timed("averages", update_averages))
+    with averages, patch.object(Window, "add", clock.timed("log", Window.add)):
         trainer.train()
     return clock.shares("run")
 

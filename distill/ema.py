@@ -43,17 +43,27 @@ class EMA:
             return (1 - batch / images) ** (self.exponent + 1)
         return 0.5 ** (batch / min(self.half_life_images, max(images / 10, 1e-8)))
 
-    @torch.no_grad()
-    def update(self, network: nn.Module, images: int, batch: int) -> None:
-        """Fold in the weights of ``network``; buffers are copied."""
-        averaged, current = [], []
-        for old, new in zip(self.tensors(self.network), self.tensors(network), strict=True):
-            if isinstance(new, nn.Parameter) and new.requires_grad:
-                averaged.append(local(old.data)), current.append(local(new.data))
-            elif old is not new:
-                local(old).copy_(local(new))
-        torch._foreach_lerp_(averaged, current, 1 - self.decay(images, batch))
 
-    @staticmethod
-    def tensors(network: nn.Module) -> list[Tensor]:
-        return [*network.parameters(), *network.buffers()]
+@torch.no_grad()
+def update_averages(averages: list[EMA], network: nn.Module, images: int, batch: int) -> None:
+    """Fold the weights of ``network`` into all averages after a step of ``batch`` images, ``images`` in total; buffers are
+    copied.
+
+    One tensor of the network after the other, into every average: on a CPU it then comes from the memory once.
+    """
+    shares = [1 - ema.decay(images, batch) for ema in averages]
+    averaged, current, weights = [], [], []
+    for new, *old in zip(tensors(network), *(tensors(ema.network) for ema in averages), strict=True):
+        if isinstance(new, nn.Parameter) and new.requires_grad:
+            averaged += [local(each.data) for each in old]
+            current += [local(new.data)] * len(old)
+            weights += shares
+            continue
+        for each in old:
+            if each is not new:
+                local(each).copy_(local(new))
+    torch._foreach_lerp_(averaged, current, weights)
+
+
+def tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]

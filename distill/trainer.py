@@ -20,7 +20,7 @@ from tqdm import tqdm
 from distill import checkpoint as ckpt
 from distill.data import StepSampler, recipe_prompts, training_data, training_loader
 from distill.device import autocast
-from distill.ema import EMA
+from distill.ema import EMA, update_averages
 from distill.endpoint import TIMES, EndpointError, VelocityError, rising_at_small_t
 from distill.evaluation import Reference, recipe_reference
 from distill.jvp import probe_jvp
@@ -424,8 +424,7 @@ class Trainer:
         if hasattr(self.network.native, "normalize_weights"):
             self.network.native.normalize_weights()
         self.step += 1
-        for ema in self.averages:
-            ema.update(self.network, self.step * self.batch_images, self.batch_images)
+        update_averages(self.averages, self.network, self.step * self.batch_images, self.batch_images)
         window.add({**values, "grad_norm": grad_norm, **logs}, finite)
         outcome = self.step, Readback(torch.cat([finite[None].float(), *self.signalled]))
         self.settle()

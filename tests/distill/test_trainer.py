@@ -21,7 +21,7 @@ import distill
 import teachers
 from distill import checkpoint as ckpt
 from distill.data import teacher_samples, training_data, training_loader
-from distill.ema import EMA, power_exponent
+from distill.ema import EMA, power_exponent, update_averages
 from distill.endpoint import EndpointError, rising_at_small_t
 from distill.log import Window
 from distill.optimizer import build_optimizer, learning_rate
@@ -749,8 +749,7 @@ def test_ema_profiles():
     for step in range(1, 401):
         network.weight.data.fill_(step / 400)
         history.append(step / 400)
-        power.update(network, step * 10, 10)
-        half.update(network, step * 10, 10)
+        update_averages([power, half], network, step * 10, 10)
     tau = torch.tensor(history, dtype=torch.float64)
     profile = tau ** power_exponent(0.1)
     expected = (profile * tau).sum() / profile.sum()
