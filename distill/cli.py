@@ -206,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = add_verb(verbs, "compare", compare, "distill compare compare/report.yaml num_samples=500")
     p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of one that ships: compare/report.yaml")
-    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="its values; dots reach inside sections")
+    p.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="its values; dots reach inside sections")
 
     p = add_verb(verbs, "export", export, "distill export runs/sd3 my-pipeline --format diffusers --pipeline sd3-medium")
     add_source(p)
@@ -220,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     example = "distill plan imagenet512-s.yaml --gpus 8 --gpu-memory 80"
     p = add_verb(verbs, "plan", plan, example)
     p.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships with the package")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values; dots reach inside sections")
+    p.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe values; dots reach inside sections")
     p.add_argument("--gpus", type=int, default=1, help="on which it is run together (1)")
     p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of each (80)")
     peak = "dense peak of each in the recipe's precision (an A100's: 312 in bf16, 19.5 in fp32)"

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,8 @@ def open_rows(source: str, split: str) -> datasets.Dataset:
     path = Path(source)
     if path.is_file():
         return load("parquet", source, data_files=[str(path)], split="train")
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise PermissionError(f"data source {source!r} cannot be read: permission denied")
     if path.is_dir() and (files := sorted(str(f) for f in path.glob(f"{split}*.parquet"))):
         return load("parquet", source, data_files=files, split="train")
     if path.is_dir():

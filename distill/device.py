@@ -20,7 +20,7 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {str(name)!r} is not there; allowed are cpu, and with a GPU cuda or cuda:N") from error
     return device

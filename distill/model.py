@@ -109,8 +109,13 @@ class Model:
 
     def guidance(self, scale: float | None) -> float | None:
         """``scale`` checked against what this model was distilled at, or its default."""
-        if self.role == "teacher" or not self.network.accepts_guidance:
+        if self.role == "teacher":
             return scale
+        if not self.network.accepts_guidance:
+            fixed = self.config.get("guidance_scale", 1.0)
+            if scale not in (None, fixed):
+                raise ValueError(f"this student was distilled at the fixed guidance scale {fixed:g}, got {scale}")
+            return None
         low, high = self.config.get("guidance_range") or (1.0, float("inf"))
         scale = low if scale is None else scale
         if not low <= scale <= high:

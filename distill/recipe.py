@@ -244,11 +244,14 @@ MINIMUM_SAMPLES = 50  # of any score
 MAX_STEPS = max(INTERMEDIATE_TIMES)
 
 
-def recipe_path(name: str | Path) -> Path:
+def recipe_path(name: str | Path, kind: str = "recipe") -> Path:
     """The file of a recipe: a path, or the name of a recipe that ships with the package (``recipes/mnist.yaml``).
 
+    Args:
+        kind: ``recipe``, or ``comparison`` for what ``distill compare`` takes.
+
     Raises:
-        FileNotFoundError: naming the recipes that ship with the package.
+        FileNotFoundError: naming those that ship with the package.
     """
     path = Path(name)
     if path.is_file():
@@ -259,11 +262,12 @@ def recipe_path(name: str | Path) -> Path:
         if (folder / relative).is_file():
             return folder / relative
         if folder.is_dir():
-            shipped = sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
+            found = sorted(p.relative_to(folder) for p in folder.rglob("*.yaml"))
+            shipped = [str(p) for p in found if (p.parts[0] == "compare") == (kind == "comparison")]
             near = difflib.get_close_matches(str(relative), shipped, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"recipes that ship: {', '.join(shipped)}"
-            raise FileNotFoundError(f"no recipe {str(name)!r}; {hint}")
-    raise FileNotFoundError(f"no recipe {str(name)!r}")
+            hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(shipped)}"
+            raise FileNotFoundError(f"no {kind} {str(name)!r}; {hint}")
+    raise FileNotFoundError(f"no {kind} {str(name)!r}")
 
 
 def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
@@ -551,6 +555,8 @@ def check_vsd(recipe: Recipe, where: str) -> None:
         raise ValueError(f"{where}: vsd.fake_updates must be at least 1, got {vsd.fake_updates}")
     if not 0 < vsd.share <= 1:
         raise ValueError(f"{where}: vsd.share must be above 0 and at most 1, got {vsd.share}")
+    if recipe.objective == "vsd" and vsd.weight != 1:
+        raise ValueError(f"{where}: vsd.weight is against sCD's loss, of objective distillation; remove it")
     if recipe.objective == "vsd" and vsd.share < 1:
         raise ValueError(f"{where}: vsd.share belongs to objective distillation: before VSD nothing would train; remove it")
     if not vsd.steps or not all(1 <= steps <= MAX_STEPS for steps in vsd.step_counts):

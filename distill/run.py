@@ -276,7 +276,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="distill/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that ships with the package")
-    parser.add_argument("overrides", nargs="*", help="recipe values as key=value; dots reach inside sections")
+    parser.add_argument("overrides", nargs="*", default=[], help="recipe values as key=value; dots reach inside sections")
     parser.add_argument("--check", action="store_true", help="validate everything in seconds, train nothing")
     return parser.parse_intermixed_args(arguments)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distill.comparison.config import ComparisonConfig, load_comparison, to_dict
+from distill.cli import check_folder
+from distill.comparison.config import REAL, ComparisonConfig, ReferenceConfig, load_comparison, to_dict
 from distill.comparison.entries import ImagesEntry, ModelEntry, Point, read_images, read_models
 from distill.comparison.rows import Row
 from distill.comparison.scores import Scorer
@@ -47,6 +48,7 @@ def run(config: str | Path | dict, overrides: dict, command: str) -> dict:
     start = time.time()
     tune_cpu()  # sampling times are among the results
     parsed = load_comparison(config, overrides)
+    check_folder(Path(parsed.output_dir), f"output_dir {parsed.output_dir}")
     entries = prepare(parsed)
     rows, real = compute(parsed, entries)
     from distill.comparison.report import write_report  # matplotlib is slow to import
@@ -99,6 +101,8 @@ def compute(config: ComparisonConfig, entries: list[ModelEntry | ImagesEntry]) -
     points = [p for entry in entries for p in entry.points(config.num_samples, config.seeds, features)]
     real_points = [] if real_entry is None else real_entry.points(config.num_samples, config.seeds, features)
     num_classes = next((entry.num_classes for entry in entries if entry.num_classes), None)
+    check_classes_fit(num_classes, real_entry, data)
+    store.folder.mkdir(parents=True, exist_ok=True)
     against = {"reference": reference.digest, "held_out": sum(p.num for p in real_points), "classes": num_classes}
     todo = sum(store.cost(p, against) for p in real_points + points)
     with tqdm(total=todo, desc="points", bar_format=BAR, disable=not todo) as bar:
@@ -123,6 +127,18 @@ def check_features_fit(extractor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"features {extractor.name} take images of shape {want}, got {list(shape)}; choose others: pixels")
 
 
+def check_classes_fit(num_classes: int | None, real: ImagesEntry | None, data: ReferenceConfig) -> None:
+    """Raise ``ValueError`` for real images of more classes than the models know."""
+    if num_classes is None or real is None or real.own_labels is None:
+        return
+    highest = int(real.own_labels.max())
+    if highest >= num_classes:
+        raise ValueError(
+            f"the models know {num_classes} classes, {data.source!r} has labels up to {highest}; name the column of theirs "
+            "(data.label_column), or null"
+        )
+
+
 def held_out(config: ComparisonConfig, shape: tuple[int, ...], digest: str) -> ImagesEntry | None:
     """The real images that no training saw; ``None`` if they are too few."""
     splits = real_splits(config.data.source, shape[0], config.data.image_column, config.data.label_column)
@@ -133,7 +149,7 @@ def held_out(config: ComparisonConfig, shape: tuple[int, ...], digest: str) -> I
         raise ValueError(
             f"images of {config.data.source!r} have shape {list(pixels.shape[1:])}, those to compare {list(shape)}"
         )
-    return ImagesEntry("real images", "real", pixels, labels, {"reference": digest}, f"{config.data.source}, held out")
+    return ImagesEntry(REAL, "real", pixels, labels, {"reference": digest}, f"{config.data.source}, held out")
 
 
 def group(points: list[Point], results: dict[Point, dict], store: Store) -> list[Row]:

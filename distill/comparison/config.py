@@ -9,6 +9,8 @@ from distill.device import PRECISIONS
 from distill.recipe import MINIMUM_SAMPLES, expand_data, parse_dataclass, read_yaml, recipe_path, set_dotted
 from distill.sampling import SOLVERS
 
+REAL = "real images"
+
 
 @dataclass
 class ModelConfig:
@@ -68,7 +70,7 @@ def load_comparison(source: str | Path | dict, overrides: dict | None = None) ->
         FileNotFoundError: no such file.
         ValueError: an unknown key, a wrong type, or a value that is not allowed; one sentence each.
     """
-    path = None if isinstance(source, dict) else recipe_path(source)
+    path = None if isinstance(source, dict) else recipe_path(source, "comparison")
     values = dict(source) if path is None else read_yaml(path)
     for key, value in (overrides or {}).items():
         set_dotted(values, key, {"source": value} if key == "data" and isinstance(value, str) else value)
@@ -81,6 +83,8 @@ def load_comparison(source: str | Path | dict, overrides: dict | None = None) ->
 
 def check(config: ComparisonConfig, where: str) -> None:
     """Rules that need no model."""
+    if not config.output_dir.strip():
+        raise ValueError(f"{where}: output_dir must name a folder, got {config.output_dir!r}")
     if config.num_samples < MINIMUM_SAMPLES:
         raise ValueError(f"{where}: num_samples must be at least {MINIMUM_SAMPLES}, got {config.num_samples}")
     if config.batch_size < 1:
@@ -89,8 +93,12 @@ def check(config: ComparisonConfig, where: str) -> None:
         raise ValueError(f"{where}: mixed_precision is {config.mixed_precision!r}; allowed: {', '.join(PRECISIONS)}")
     check_list(config.seeds, f"{where}: seeds", lambda seed: 0 <= seed < 2**63, "from 0 to 2^63 - 1")
     check_scales(config.guidance_scales, f"{where}: guidance_scales")
+    if not config.models:
+        raise ValueError(f"{where}: models must hold at least one model")
     names = [model.name for model in config.models]
     check_list(names, f"{where}: names of models", lambda name: name.strip() != "", "not empty")
+    if REAL in names:
+        raise ValueError(f"{where}: no model can be named {REAL!r}: the held-out images of the data are")
     for i, model in enumerate(config.models):
         check_model(model, f"{where}: models[{i}]")
 

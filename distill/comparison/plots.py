@@ -1,10 +1,11 @@
 """The report's plots: one matplotlib figure each, as SVG for the page, which gives the text its colour, and as PNG.
 
-Lines differ in marker and dashes as well as in colour, and their names stand beside them.
+Models differ in marker as well as in colour, numbers of steps in dashes, and their names stand beside them.
 """
 
 import io
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,29 +35,34 @@ class Line:
     """A named line with one style in all plots. ``x`` is ``None`` for what has no place on the axis: a level."""
 
     name: str
-    style: int
-    group: int  # its colour
+    model: int  # its colour and marker
+    dashes: int
     points: list[tuple[float | None, float, tuple[float, float] | None]]  # x, y, interval
 
     @property
     def drawn(self) -> dict:
-        colour, marker = COLOURS[self.group % len(COLOURS)], MARKERS[self.style % len(MARKERS)]
-        return {"color": colour, "marker": marker, "linestyle": DASHES[self.style % len(DASHES)]}
+        colour, marker = COLOURS[self.model % len(COLOURS)], MARKERS[self.model % len(MARKERS)]
+        return {"color": colour, "marker": marker, "linestyle": DASHES[self.dashes % len(DASHES)]}
 
 
 def lines_over(rows: list[Row], key: str, x: str, by_steps: bool) -> list[Line]:
-    """A score of every model over an attribute ``x`` of its rows: one line a model, or one for each number of steps."""
+    """A score of every model over an attribute ``x`` of its rows: one line a model, or one for each number of steps, which
+    then differ in their dashes.
+    """
     models = list(dict.fromkeys(row.entry.name for row in rows))
+    of_model: Counter[str] = Counter()
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.line if by_steps else row.entry.name, []).append(row)
     lines = []
-    for i, (name, own) in enumerate(found.items()):
+    for name, own in found.items():
         own = [row for row in own if key in row.scores]
         points = [(getattr(row, x), row.scores[key]["value"], row.scores[key]["interval"]) for row in own]
         if points:
             points.sort(key=lambda point: (point[0] is None, point[0]))
-            lines.append(Line(name, i, models.index(own[0].entry.name), points))
+            model = own[0].entry.name
+            lines.append(Line(name, models.index(model), of_model[model], points))
+            of_model[model] += 1
     return lines
 
 
@@ -104,6 +110,8 @@ def set_ticks(axis, is_log: bool) -> None:
         ticks = [m * 10**e for e in range(-5, 7) for m in digits if low <= m * 10**e <= high]
         if len(ticks) >= 4:
             break
+    else:
+        ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high]
     axis.set_ticks(ticks)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -138,7 +138,8 @@ class Report:
             self.plot_cost(at_lowest, "ms_per_image", "milliseconds an image"),
         ]
         hardware = self.settings()[0]["hardware"]
-        note = words.how_cost_is_counted(lowest, self.config.batch_size, self.precision, hardware)
+        sizes = list(dict.fromkeys(s["batch_size"] for s in self.settings()))
+        note = words.how_cost_is_counted(lowest, sizes, self.precision, hardware)
         over = [self.plot_guidance(key, name) for key, name in OVER_GUIDANCE.items()]
         return {"cost_plots": "\n".join(cost), "guidance_plots": "\n".join(over), "cost_note": note}
 
@@ -174,7 +175,7 @@ class Report:
         fill = self.pieces.fill
         explained = [fill("fact", key=m.key, value=m.explanation + ".") for m in self.metrics]
         return {
-            **texts, "explanations": "\n".join(explained), "legend": words.LEGEND,
+            **texts, "explanations": "\n".join(explained), "legend": words.legend({row.entry.role for row in self.rows}),
             "intervals": words.what_intervals_are(len(self.config.seeds)),
         }  # fmt: skip
 

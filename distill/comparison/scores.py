@@ -3,6 +3,7 @@
 Every score is one of features: their name stands in front of its name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from distill.evaluation.diversity import (
     interval_over_seeds,
     mean_pairwise_distance,
     nearest_distances,
+    share_interval,
     vendi_score,
     within_classes,
 )
@@ -28,7 +30,7 @@ from distill.evaluation.metrics import (
 )
 from distill.recipe import MINIMUM_SAMPLES
 
-VERSION = 1  # of what is computed below: another one computes the scores anew from the features on disk
+VERSION = 2  # of what is computed below: another one computes the scores anew from the features on disk
 KS = (3, 5)  # nearest neighbours
 EXTREME = 0.01  # of real images are as near to another one, or to a training image, as what counts as a copy
 
@@ -108,7 +110,7 @@ class Scorer:
         return neighbour_distances(self.real.features[:num], 1)[:, 0].quantile(EXTREME).item()
 
     def score(self, samples: Samples) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Scores by name, and intervals of those that are a statistic of single samples (bootstrap)."""
+        """Scores by name, and intervals of those that are a statistic of single samples, see :func:`interval`."""
         if len(samples.features) < MINIMUM_SAMPLES:
             raise ValueError(f"scores need at least {MINIMUM_SAMPLES} samples, got {len(samples.features)}")
         values, of_each = {}, {}
@@ -118,7 +120,7 @@ class Scorer:
         values["Vendi"] = vendi_score(samples.features)
         for key, (statistic, each) in of_each.items():
             values[key] = statistic(each)
-        intervals = {key: list(bootstrap_interval(statistic, each)) for key, (statistic, each) in of_each.items()}
+        intervals = {key: list(interval(statistic, each)) for key, (statistic, each) in of_each.items()}
         named = {m.key: f"{self.name}-{m.key}" for m in METRICS}
         ordered = {named[m.key]: values[m.key] for m in METRICS if m.key in values}
         return ordered, {named[key]: interval for key, interval in intervals.items()}
@@ -150,7 +152,7 @@ class Scorer:
         if samples.asked is not None and samples.seen is not None:
             of_each["asked class"] = (share, samples.asked == samples.seen)
         if samples.seen is not None:
-            of_each["class entropy"] = (lambda c: class_entropy(c, self.num_classes or 1), samples.seen)
+            values["class entropy"] = class_entropy(samples.seen, self.num_classes or 1)
         if samples.classes is None:
             return
         counts = torch.bincount(samples.classes)
@@ -169,22 +171,32 @@ def median(values: Tensor) -> float:
     return values.double().median().item()
 
 
+def interval(statistic: Callable[[Tensor], float], each: Tensor) -> tuple[float, float]:
+    """95 % interval of a statistic of single samples: Wilson's of a share, else by bootstrap."""
+    if each.dtype == torch.bool:
+        return share_interval(statistic(each), len(each))
+    return bootstrap_interval(statistic, each)
+
+
 def combine(points: list[dict]) -> dict[str, dict]:
     """Each score of the same row for several seeds: its mean, the ends of its 95 % interval and where that comes from."""
     found = {}
     for key in points[0]["scores"]:
-        value, interval, source = combined([p["scores"][key] for p in points], points[0]["intervals"].get(key))
-        if interval is not None and any(m.share and key.endswith(f"-{m.key}") for m in METRICS):
-            interval = [min(max(end, 0.0), 1.0) for end in interval]
-        found[key] = {"value": value, "interval": interval, "from": source}
+        is_share = any(m.share and key.endswith(f"-{m.key}") for m in METRICS)
+        value, ends, source = combined([p["scores"][key] for p in points], points[0]["intervals"].get(key))
+        if ends is not None and is_share:
+            ends = [min(max(end, 0.0), 1.0) for end in ends]
+            if ends[0] == ends[1]:  # seeds that agree, as all of them at 0 or 1, do not make it certain
+                ends = list(share_interval(value, sum(p["num_samples"] for p in points)))
+        found[key] = {"value": value, "interval": ends, "from": source}
     return found
 
 
-def combined(values: list[float], bootstrap: list[float] | None) -> tuple[float, list[float] | None, str | None]:
+def combined(values: list[float], of_one: list[float] | None) -> tuple[float, list[float] | None, str | None]:
     if len(values) >= 2:
         mean, half = interval_over_seeds(values)
         return mean, [mean - half, mean + half], f"{len(values)} seeds"
-    return values[0], bootstrap, None if bootstrap is None else "bootstrap"
+    return values[0], of_one, None if of_one is None else "one set of samples"
 
 
 def outside(score: dict, other: dict) -> int:

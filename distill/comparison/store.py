@@ -5,6 +5,7 @@ A point lies in ``points/`` as ``DIGEST.safetensors``, the samples, named by a h
 ``DIGEST-SCORES.json``, its scores, whose name also depends on what they were scored against.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -49,13 +50,30 @@ class Store:
     def samples(self, point: Point, bar: tqdm) -> dict[str, Tensor]:
         """The samples' features and images, drawn if they are not there; ``seconds`` is what each image took."""
         path = self.samples_path(point)
-        if path.exists():
-            return read_safetensors(path)
+        if path.exists() and (tensors := self.kept_samples(point, path)) is not None:
+            return tensors
         tensors, seconds = self.draw(point, bar)
-        facts = {"facts": json.dumps(point.facts), "seconds": str(seconds), **setting()}
+        batch_size = min(self.batch_size, point.num)
+        facts = {"facts": json.dumps(point.facts), "seconds": str(seconds), "batch_size": str(batch_size), **setting()}
+        facts["sha256"] = tensors_hash(tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, facts))
         return tensors
+
+    def kept_samples(self, point: Point, path: Path) -> dict[str, Tensor] | None:
+        """What lies there, or ``None`` if it is damaged: then it is drawn anew, and a line says so."""
+        try:
+            tensors = read_safetensors(path)
+            with safe_open(path, "pt") as file:
+                sha256 = file.metadata().get("sha256")
+        except (ValueError, OSError, SafetensorError):
+            tensors, sha256 = {}, None
+        names = {"features", "grid", "grid_indices", "pairs", "pair_indices", "pair_distances"}
+        whole = names <= tensors.keys() and len(tensors["features"]) == point.num
+        if whole and sha256 in (None, tensors_hash(tensors)):  # of an earlier version there is none
+            return tensors
+        tqdm.write(f"{path} is damaged: {point.title} is drawn anew")
+        return None
 
     def draw(self, point: Point, bar: tqdm) -> tuple[dict[str, Tensor], float]:
         """The tensors that are kept, and the seconds an image took (median over batches: a pause does not count)."""
@@ -85,28 +103,60 @@ class Store:
     def result(self, point: Point, scorer: Scorer, against: dict, bar: tqdm) -> dict:
         """The point's scores, computed if they are not there."""
         path = self.scores_path(point, against)
-        if path.exists():
-            return json.loads(path.read_text())
+        if self.is_scored(point, path) and (result := self.kept_result(point, path)) is not None:
+            return result
         tensors = self.samples(point, bar)
         values, intervals = scorer.score(as_samples(tensors))
         bar.update(point.num * SCORING_COST)
         with safe_open(self.samples_path(point), "pt") as file:
-            drawn = file.metadata()
+            drawn = {"batch_size": str(min(self.batch_size, point.num)), **file.metadata()}
         result = {
             "title": point.title, "num_samples": point.num, "nfe": point.nfe,
             "ms_per_image": float(drawn["seconds"]) * 1000 if point.nfe else None,
-            "scores": values, "intervals": intervals, "drawn": {k: drawn[k] for k in setting()},
+            "scores": values, "intervals": intervals, "drawn": {k: drawn[k] for k in ("batch_size", *setting())},
             "facts": point.facts, "samples": self.samples_path(point).name,
         }  # fmt: skip
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
         return result
 
+    def is_scored(self, point: Point, path: Path) -> bool:
+        """Whether its scores are there, and its samples, which the report shows."""
+        return path.exists() and self.samples_path(point).exists()
+
+    def kept_result(self, point: Point, path: Path) -> dict | None:
+        """What lies there, or ``None`` if it is damaged: then it is scored anew, and a line says so."""
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if is_result(result, point.facts) and self.kept_samples(point, self.samples_path(point)) is not None:
+                return result
+        except ValueError:
+            pass
+        tqdm.write(f"{path} is damaged: {point.title} is scored anew")
+        return None
+
     def cost(self, point: Point, against: dict) -> int:
         """What is left to do for a point, in evaluations of a network."""
-        if self.scores_path(point, against).exists():
+        if self.is_scored(point, self.scores_path(point, against)):
             return 0
         drawing = 0 if self.samples_path(point).exists() else point.num * (point.nfe or 1)
         return drawing + point.num * SCORING_COST
+
+
+RESULT = {"title", "num_samples", "nfe", "ms_per_image", "scores", "intervals", "drawn", "facts", "samples"}
+
+
+def is_result(result, facts: dict) -> bool:
+    """Whether something read from a file is a point's result, as :meth:`Store.result` writes it."""
+    if not isinstance(result, dict) or not result.keys() >= RESULT or result["facts"] != json.loads(json.dumps(facts)):
+        return False
+    scores, drawn = result["scores"], result["drawn"]
+    if not (isinstance(scores, dict) and scores and all(isinstance(value, float | int) for value in scores.values())):
+        return False
+    return isinstance(drawn, dict) and drawn.keys() >= {"batch_size", *setting()} and isinstance(result["intervals"], dict)
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    return hash_of({name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for name, x in tensors.items()})
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -1,33 +1,39 @@
 """One sentence for each plot and table of the report, computed from what it shows."""
 
+from collections import Counter
+
 from distill.comparison.rows import Row, baseline, differences
-
-LEGEND = (
-    "▲ and ▼: above and below its teacher at the same guidance scale, outside the intervals of both; green where that is "
-    "better or more diverse, orange where it is worse or less diverse. Everything else is not marked."
-)
+from distill.comparison.scores import outside
 
 
-def how_cost_is_counted(scale: float | None, batch_size: int, precision: str, hardware: str) -> str:
+def legend(roles: set[str]) -> str:
+    images = " (of a folder of images: at the lowest one)" if "images" in roles else ""
+    return (
+        f"▲ and ▼: above and below its teacher at the same guidance scale{images}, outside the intervals of both; green "
+        "where that is better or more diverse, orange where it is worse or less diverse. Everything else is not marked."
+    )
+
+
+def how_cost_is_counted(scale: float | None, batch_sizes: list[str], precision: str, hardware: str) -> str:
     where = "" if scale is None else f"At guidance scale {scale:g}, or the only one that a model has. "
     return (
         f"{where}An evaluation is one call of the network for one image: Heun's method in n steps makes 2n - 1 of them, "
         "DPM-Solver++ n, a student one a step; a guided teacher makes each of them twice, with the class and without. Times "
-        f"are measured, the median over batches of {batch_size}, in {precision}, on {hardware}."
+        f"are measured, the median over batches of {joined(batch_sizes)}, in {precision}, on {hardware}."
     )
 
 
 def what_intervals_are(seeds: int) -> str:
     alone = (
         "for scores that are a statistic of single samples, given the real ones; those that compare samples with each other "
-        "(Fréchet and kernel distance, recall, coverage, Vendi, distances in a class, near duplicates) have none there: a "
-        "sample drawn twice would be its own duplicate."
+        "(Fréchet and kernel distance, recall, coverage, Vendi, distances in a class, near duplicates), and the entropy of "
+        "classes, have none there."
     )
     if seeds == 1:
-        return f"There is one seed. Below a score is its 95 % interval by bootstrap, {alone}"
+        return f"There is one seed. Below a score is its 95 % interval (Wilson's for shares, else by bootstrap) {alone}"
     return (
         f"Below a score is its 95 % interval over {seeds} seeds (Student's t; with few seeds it is wide). Real images and "
-        f"folders are one set of samples; their intervals are by bootstrap, {alone}"
+        f"folders are one set of samples; their intervals are Wilson's for shares and else by bootstrap, {alone}"
     )
 
 
@@ -49,8 +55,10 @@ def about_cost(rows: list[Row], key: str, cost: str) -> str:
     drawn = [row for row in rows if getattr(row, cost) is not None and key in row.scores]
     if not drawn:
         return "There is no model here that draws samples."
-    best = {role: best_of([r for r in drawn if r.entry.role == role], key) for role in ("teacher", "student")}
-    teacher, student = best["teacher"], best["student"]
+    student = best_of([r for r in drawn if r.entry.role == "student"], key)
+    all_teachers = [r for r in drawn if r.entry.role == "teacher"]
+    alike = [r for r in all_teachers if student is not None and r.guidance == student.guidance]
+    teacher = best_of(alike or all_teachers, key)
     if teacher is None or student is None:
         only = teacher or student
         return f"The lowest distance is {number(only.scores[key]['value'])}, of {only.said} at {price(only, cost)}."
@@ -58,11 +66,19 @@ def about_cost(rows: list[Row], key: str, cost: str) -> str:
     cheaper = getattr(teacher, cost) / getattr(student, cost)
     effort = f"{times(cheaper)} times less" if cheaper > 1 else f"{times(1 / cheaper)} times more"
     fewer = {"nfe": "evaluations", "ms_per_image": "time"}[cost]
+    scale = [at_scale(row) if student.guidance != teacher.guidance else "" for row in (student, teacher)]
     return (
-        f"The best student here, {student.said}, has a distance of {number(student.scores[key]['value'])} at "
-        f"{price(student, cost)}; that is {ratio:.2f} times the {number(teacher.scores[key]['value'])} of {teacher.said} at "
-        f"{price(teacher, cost)}, with {effort.replace('less', 'fewer') if fewer == 'evaluations' else effort} {fewer}."
+        f"The best student here, {student.said}{scale[0]}, has a distance of {number(student.scores[key]['value'])} at "
+        f"{price(student, cost)}; that is {ratio:.2f} times the {number(teacher.scores[key]['value'])} of "
+        f"{teacher.said}{scale[1]} at {price(teacher, cost)}"
+        f"{', a difference within the intervals' if is_uncertain(student.scores[key], teacher.scores[key]) else ''}, with "
+        f"{effort.replace('less', 'fewer') if fewer == 'evaluations' else effort} {fewer}."
     )
+
+
+def is_uncertain(score: dict, other: dict) -> bool:
+    """Whether two scores have intervals that touch."""
+    return None not in (score["interval"], other["interval"]) and not outside(score, other)
 
 
 def best_of(rows: list[Row], key: str) -> Row | None:
@@ -84,15 +100,17 @@ def about_guidance(rows: list[Row], key: str, title: str) -> str:
     fixed = {name: own[0] for name, own in lines.items() if len(own) == 1}
     if not moving:
         return f"No model here was drawn at more than one guidance scale, so that {title} cannot be followed."
-    order = sorted(moving, key=lambda name: -abs(change(moving[name], key)))
-    low, high = (f"{pick(r.guidance for own in moving.values() for r in own):g}" for pick in (min, max))
+    ends = {name: (own[0].guidance, own[-1].guidance) for name, own in moving.items()}
+    (low, high), _ = Counter(ends.values()).most_common(1)[0]  # only changes between the same scales are compared
+    order = sorted((n for n in moving if ends[n] == (low, high)), key=lambda name: -abs(change(moving[name], key)))
     extremes = dict.fromkeys((order[0], order[-1]))
     told = [f"from {value(moving[n][0], key)} to {value(moving[n][-1], key)} for {n}" for n in extremes]
     if len(order) > 2:
-        told = [f"{told[0]}, the largest change of {len(order)}", f"{told[1]}, the smallest"]
+        told = [f"{told[0]}, the largest change of {len(order)},", f"{told[1]}, the smallest"]
     alone = joined([f"{name} has {value(row, key)}" for name, row in fixed.items()]) if fixed else ""
     rest = f" {alone}, at the only scale that {'it has' if len(fixed) == 1 else 'they have'}."
-    return f"From guidance scale {low} to {high}, {title} goes {' and '.join(told)}.{rest if 0 < len(fixed) <= 2 else ''}"
+    sentence = f"From guidance scale {low:g} to {high:g}, {title} goes {' and '.join(told)}."
+    return f"{sentence}{rest if 0 < len(fixed) <= 2 else ''}"
 
 
 def change(rows: list[Row], key: str) -> float:

@@ -118,6 +118,14 @@ def bootstrap_interval(
     return low.item(), high.item()
 
 
+def share_interval(share: float, num: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``num`` independent samples (Wilson's score interval); it is not empty at 0 and 1."""
+    z = NORMAL / math.sqrt(num)
+    center, half = share + z * z / 2, z * math.sqrt(share * (1 - share) + z * z / 4)
+    # Rounding must not leave the share itself outside.
+    return max(min((center - half) / (1 + z * z), share), 0.0), min(max((center + half) / (1 + z * z), share), 1.0)
+
+
 def interval_over_seeds(values: list[float]) -> tuple[float, float]:
     """The mean of a score over seeds and the half width of its 95 % interval (Student's t).
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from safetensors.torch import load_file
 import distill
 import teachers
 from distill import cli
-from distill.comparison import prepare
+from distill.comparison import prepare, words
 from distill.comparison.config import ComparisonConfig, ModelConfig, ReferenceConfig, load_comparison, to_dict
-from distill.comparison.plots import Line, plot
+from distill.comparison.entries import Point
+from distill.comparison.plots import Line, lines_over, plot
+from distill.comparison.rows import Row
 from distill.comparison.scores import METRICS, Samples, Scorer, combine, outside
 from distill.evaluation import Reference, metrics
 from distill.evaluation.diversity import near_duplicates, vendi_score
@@ -158,6 +161,39 @@ def test_a_comparison_goes_on_and_computes_only_what_is_missing(compared, work, 
         assert new["scores"] == old["scores"]
 
 
+def damaged_safetensors(path):
+    data = bytearray(path.read_bytes())
+    data[-400:] = bytes(400)
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "no json": (".json", lambda path: path.write_bytes(b"")),
+    "cut off": (".json", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    "not text": (".json", lambda path: path.write_bytes(b"\xff\xfe")),
+    "other json": (".json", lambda path: path.write_text("[]")),
+    "no scores": (".json", lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "scores": {}}))),
+    "null": (".json", lambda path: path.write_text(path.read_text().replace('"pixels-FD": ', '"pixels-FD": null, "x": '))),
+    "samples cut off": (".safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+    "samples zeroed": (".safetensors", damaged_safetensors),
+    "samples gone": (".safetensors", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("suffix, damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_point_is_made_anew(compared, work, tmp_path, capsys, suffix, damage):
+    out = tmp_path / "out"
+    shutil.copytree(compared[0], out)
+    (point,) = load_points(out, role="student", guidance=1.5, seed=0)
+    stem = point["samples"].removesuffix(".safetensors")
+    (path,) = (out / "points").glob(f"{stem}*{suffix}")
+    damage(path)
+    report = distill.compare(values(work, out, models=values(work, out)["models"][1:3]))
+    assert row(report, "fixed", 1, 1.5)["scores"] == row(compared[1], "fixed", 1, 1.5)["scores"]
+    if path.name != point["samples"] or damage is not Path.unlink:
+        assert f"{path} is damaged: fixed, 1 step, guidance 1.5, seed 0 is" in capsys.readouterr().out
+
+
 def test_another_precision_is_another_point(compared, work, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(compared[0], out)
@@ -173,11 +209,11 @@ def test_another_precision_is_another_point(compared, work, tmp_path):
     assert "in bf16, on" in page and "in fp32, on" in (compared[0] / "report.html").read_text()
 
 
-def test_intervals_are_over_seeds_or_bootstrapped_or_absent(compared):
+def test_intervals_are_over_seeds_or_of_one_set_or_absent(compared):
     _, report = compared
     drawn, folder = row(report, "teacher", 2, 1.0)["scores"], row(report, "folder")["scores"]
     assert all(score["from"] == "2 seeds" for score in drawn.values())
-    assert {key for key, score in folder.items() if score["from"] == "bootstrap"} == {
+    assert {key for key, score in folder.items() if score["from"] == "one set of samples"} == {
         "pixels-precision (k=3)", "pixels-precision (k=5)", "pixels-density (k=5)", "pixels-nearest training image",
         "pixels-memorised",
     }  # fmt: skip
@@ -210,6 +246,8 @@ def test_a_difference_counts_only_outside_both_intervals():
     rows = [{"scores": {"x-recall (k=3)": v}, "intervals": {}} for v in (0.9, 1.0)]
     combined = combine(rows)["x-recall (k=3)"]
     assert combined["value"] == pytest.approx(0.95) and combined["interval"] == [pytest.approx(0.95 - 12.706 * 0.05), 1.0]
+    same = combine([{"scores": {"x-asked class": 1.0}, "intervals": {}, "num_samples": 100}] * 2)["x-asked class"]
+    assert same["interval"] == [pytest.approx(200 / (200 + 1.96**2), abs=1e-5), 1.0]
 
 
 def test_scores_of_collapsed_and_of_memorised_samples():
@@ -234,7 +272,11 @@ def test_scores_of_collapsed_and_of_memorised_samples():
 MISTAKES = [
     ({"num_sample": 5}, "unknown key num_sample; did you mean num_samples?"),
     ({"models": [{"name": "a", "source": "teacher", "step": [1]}]}, "models[0].step; did you mean models[0].steps?"),
-    ({"models": []}, "at least one value"),
+    ({"models": []}, "models must hold at least one model"),
+    ({"models": [{"name": "real images", "source": "teacher"}]}, "no model can be named 'real images'"),
+    ({"models": [{"name": "a", "source": "two"}]}, "the models know 2 classes, 'data' has labels up to 2"),
+    ({"output_dir": " "}, "output_dir must name a folder"),
+    ({"output_dir": "images/0.png/out"}, "0.png is a file"),
     ({"models": [{"name": "a"}]}, "models[0] needs exactly one of source, a model, and images"),
     ({"models": [{"name": "a", "images": "images", "steps": [1]}]}, "models[0].steps belongs to a model"),
     ({"models": [{"name": "a", "source": "teacher"}] * 2}, "names of models must differ, got 'a' twice"),
@@ -269,6 +311,7 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def wrong(work):
     teachers.save_pretrained(network(num_classes=5), work / "five", "teacher")
+    teachers.save_pretrained(network(num_classes=2), work / "two", "teacher")
     for name in ("empty", "broken", "few"):
         (work / name).mkdir()
     for i, path in enumerate(sorted((work / "images").iterdir())):
@@ -319,6 +362,38 @@ def test_the_documentation_names_every_key_and_score():
             assert f"`{field.name}`" in text, field.name
     for metric in METRICS:
         assert f"`{metric.key}`" in text, metric.key
+
+
+def drawn_row(name, role, guidance, distance, steps=1):
+    """A row of two seeds, whose distances differ by little."""
+    entry = SimpleNamespace(name=name, role=role, source=name, config={})
+    scores = [{"x-FD": distance - 0.1}, {"x-FD": distance + 0.1}]
+    results = [{"scores": found, "intervals": {}, "num_samples": 50, "ms_per_image": 2.0} for found in scores]
+    return Row([Point(entry, steps, guidance, seed, 50, steps) for seed in (0, 1)], results, Path("none"))
+
+
+def test_captions_compare_like_with_like():
+    rows = [drawn_row("t", "teacher", w, d, 12) for w, d in ((1.0, 3.0), (4.0, 30.0))]
+    rows += [drawn_row("s", "student", 4.0, 10.0), drawn_row("r", "student", 1.0, 3.5)]
+    at_four = words.about_cost([rows[1], rows[2]], "x-FD", "nfe")
+    assert "s in 1 step, has" in at_four and "0.33 times the 30.0 of t in 12 steps at" in at_four and "within" not in at_four
+    assert "1.17 times" in (close := words.about_cost([rows[0], rows[3]], "x-FD", "nfe")) and "within the intervals" in close
+    mixed = words.about_cost([rows[0], rows[2]], "x-FD", "nfe")
+    assert "s in 1 step at guidance scale 4, has" in mixed and "of t in 12 steps at guidance scale 1 at" in mixed
+    inner = [drawn_row("u", "student", w, d) for w, d in ((1.5, 50.0), (2.0, 90.0))]
+    caption = words.about_guidance([*rows[:2], *inner, *(drawn_row("v", "student", w, w) for w in (1.0, 4.0))], "x-FD", "FD")
+    changes = "from 3.00 to 30.0 for t in 12 steps and from 1.00 to 4.00 for v in 1 step"
+    assert caption == f"From guidance scale 1 to 4, FD goes {changes}."
+
+
+def test_a_model_has_one_marker_and_an_axis_enough_ticks():
+    rows = [drawn_row(name, "student", w, 20 + w, steps) for name in "ab" for steps in (1, 2) for w in (1.0, 4.0)]
+    over_cost, over_scale = (lines_over(rows, "x-FD", x, by_steps) for x, by_steps in (("nfe", False), ("guidance", True)))
+    markers = {line.name.split(",")[0]: line.drawn["marker"] for line in over_cost}
+    assert all(line.drawn["marker"] == markers[line.name.split(",")[0]] for line in over_scale)
+    assert len({(line.drawn["marker"], str(line.drawn["linestyle"])) for line in over_scale}) == len(over_scale) == 4
+    figure = plot(over_cost, None, "evaluations", "distance", (True, True))
+    assert all(len(axis.get_ticklocs()) >= 3 for axis in (figure.axes[0].yaxis,))
 
 
 @pytest.mark.parametrize("name", ["sCD", "EDM teacher, 12 steps", "a student of sCD and VSD, 4 steps"])

@@ -255,6 +255,7 @@ def test_updates_of_the_fake_score(values):
         ({"vsd": {"steps": [1, 9]}}, "or a list of such numbers, got \\[1, 9\\]"),
         ({"vsd": {"fake_updates": 0}}, "vsd.fake_updates must be at least 1"),
         ({"vsd": {"weight": 0.0}}, "vsd.weight must be positive"),
+        ({"vsd": {"weight": 0.5}}, "vsd.weight is against sCD's loss"),
         ({"vsd": {"share": 0.5}}, "vsd.share belongs to objective distillation"),
         ({"objective": "distillation", "vsd": {"share": 0.0}}, "vsd.share must be above 0 and at most 1, got 0.0"),
         ({"objective": "distillation", "vsd": {"share": 1.5}}, "vsd.share must be above 0 and at most 1, got 1.5"),

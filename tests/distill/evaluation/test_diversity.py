@@ -80,6 +80,20 @@ def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     assert 88 <= hits <= 99
 
 
+def test_the_interval_of_a_share():
+    for end in d.share_interval(0.3, 50):  # of a true share there, 0.3 lies just within its own 95 %
+        assert abs(0.3 - end) == pytest.approx(d.NORMAL * math.sqrt(end * (1 - end) / 50))
+    low, high = d.share_interval(1.0, 200)
+    assert high == 1 and low == pytest.approx(1 / (1 + 1.96**2 / 200), abs=1e-4)
+    assert d.share_interval(0.0, 200) == pytest.approx((0.0, 1 - low))
+    covered = sum(a <= 0.02 <= b for a, b in (d.share_interval(binomial(0.02, 400, s) / 400, 400) for s in range(200)))
+    assert covered > 180
+
+
+def binomial(share, num, seed):
+    return int((torch.rand(num, generator=torch.Generator().manual_seed(seed)) < share).sum())
+
+
 def test_an_interval_over_seeds():
     mean, half = d.interval_over_seeds([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
