@@ -1,13 +1,17 @@
 """Where networks compute, and in which precision."""
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 PRECISIONS = ("no", "bf16")
 
 
 def default_device() -> torch.device:
-    """A GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU if there is one, else the CPU; of several processes the CPU, where each is then told its own device."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    return torch.device("cuda" if alone and torch.cuda.is_available() else "cpu")
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
@@ -26,6 +30,8 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
-    """A context in which networks compute in a precision, one of :data:`PRECISIONS`, but their times in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager:
+    """A context in which networks compute in a precision, one of :data:`PRECISIONS`, but their times in fp32; ``no`` leaves
+    them what they are.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if mixed_precision == "bf16" else nullcontext()

@@ -41,7 +41,8 @@ class Window:
             if key.endswith("_norm"):
                 values[f"largest_{key}"] = torch.where(count, numbers, -math.inf).max()
         means = dict(zip(values, over_processes(torch.stack(list(values.values()))).tolist(), strict=True))
-        return means if means.pop("steps") else {}
+        counted = means.pop("steps")
+        return {key: value for key, value in means.items() if counted and math.isfinite(value)}
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start

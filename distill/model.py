@@ -77,8 +77,8 @@ class Model:
         normalization: str = "vae",
         mixed_precision: str = "no",
     ) -> Tensor:
-        """``(num, C, H, W)`` fp32: images in [-1, 1]; of a model of latents, without a ``vae``, latents as they are.
-        Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
+        """``(num, C, H, W)`` fp32 on the CPU: images in [-1, 1]; of a model of latents, without a ``vae``, latents as they
+        are. Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
 
         Args:
             num_inference_steps: evaluations of a student (default 2), Heun steps of a teacher (default 18: 35
@@ -90,7 +90,7 @@ class Model:
             progress: show a progress bar on stderr.
             solver: of a teacher: ``heun``, or ``dpmpp_2m`` with one evaluation a step.
             guidance_teacher: the network that a teacher is guided away from, in place of its own null class: a name, a
-                path or a ``Teacher``.
+                path or a ``Teacher``, which is moved to this one's device.
             prompts: in place of ``labels``, a folder of ``distill precompute prompts``: row ``i`` for image ``i``, from its
                 start again after its end. Its null prompt is what a teacher is guided away from.
             vae: a folder with the autoencoder of diffusers that decodes latents, of one frame if they are videos.
@@ -105,7 +105,7 @@ class Model:
             num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver, guidance_teacher,
             prompts, vae, normalization, mixed_precision,
         )  # fmt: skip
-        return torch.cat([images for images, _ in batches])
+        return torch.cat([images.cpu() for images, _ in batches])
 
     def guidance(self, scale: float | None) -> float | None:
         """``scale`` checked against what this model was distilled at, or its default."""
@@ -130,7 +130,8 @@ class Model:
             raise ValueError("guidance_teacher is for a teacher; a student has its guidance built in or as an input")
         if scale is None:
             raise ValueError("guidance_teacher needs a guidance_scale")
-        guide = load_guidance_teacher(guidance_teacher, device_of(self.network)).at_sigma_data(self.network.sigma_data)
+        device = device_of(self.network)
+        guide = load_guidance_teacher(guidance_teacher, device).to(device).at_sigma_data(self.network.sigma_data)
         return self.network.guided_by(scale, self.network.guidance_interval, guide)
 
     def generate(
@@ -168,7 +169,9 @@ class Model:
             return vae
         if not self.network.latents:
             raise ValueError(f"the samples of this model are images already, of {self.network.sample_shape}; leave vae out")
-        return Decoder(vae, normalization, self.network.sample_shape)
+        decoder = Decoder(vae, normalization, self.network.sample_shape)
+        decoder.vae.to(device_of(self.network))
+        return decoder
 
     def evaluate(
         self,

@@ -437,10 +437,8 @@ class Trainer:
         return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
 
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
-        x0 = to_device(x0, self.device)
-        if not self.recipe.is_conditional:
-            return x0, None
-        return x0, to_device(labels, self.device) if torch.is_tensor(labels) else labels.to(self.device)
+        labels = to_device(labels, self.device) if self.recipe.is_conditional else None
+        return to_device(x0, self.device), labels
 
     def backward(self, part: int, x0: Tensor, labels: Condition | None) -> list[Loss]:
         """The gradients of one batch, of one objective after the other: no more than one graph is in memory."""
@@ -488,9 +486,10 @@ class Trainer:
         norm, limit = torch.nn.utils.get_total_norm(gradients), self.recipe.optimizer.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        grad_norm = whole(norm)
+        grad_norm = whole(norm).to(loss.device)  # of offloaded gradients it is on the CPU
         finite = torch.isfinite(self.over_processes(loss) + grad_norm)
-        optimizer.found_inf = (~finite).float()  # by which a fused optimizer changes nothing
+        # By it a fused optimizer changes nothing. To offloaded parameters it must have come before they are read.
+        optimizer.found_inf = (~finite).float().to(parameters[0].device)
         optimizer.step()
         optimizer.zero_grad()
         return finite, grad_norm

@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
+from teachers.condition import Condition, Embeddings
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
+
+def to_device(values: Condition, device: torch.device) -> Condition:
     """Of the host, on the device. To a GPU the copy is queued behind the work that it has; an ordinary one would first
     let all of that end.
     """
+    if isinstance(values, Embeddings):
+        return Embeddings({name: to_device(tensor, device) for name, tensor in values.tensors.items()})
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
@@ -17,7 +21,7 @@ class Readback:
     """Numbers ``(N,)`` of the device that the host reads later."""
 
     def __init__(self, values: Tensor):
-        self.values = values.detach().to("cpu", non_blocking=True)
+        self.values = values.detach().to("cpu", non_blocking=values.is_cuda)
         self.copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def read(self) -> list[float]:
