@@ -6,13 +6,13 @@ from torch import Tensor
 from teachers.condition import Condition, Embeddings
 
 
-def to_device(values: Condition, device: torch.device) -> Condition:
+def to_device(values: Condition, device: str | torch.device) -> Condition:
     """Of the host, on the device. To a GPU the copy is queued behind the work that it has; an ordinary one would first
     let all of that end.
     """
     if isinstance(values, Embeddings):
         return Embeddings({name: to_device(tensor, device) for name, tensor in values.tensors.items()})
-    if device.type != "cuda" or values.is_cuda:
+    if torch.device(device).type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
