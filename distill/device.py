@@ -18,7 +18,7 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, by default :func:`default_device`.
 
     Raises:
-        ValueError: no name of a device, or one that this machine or this PyTorch does not have.
+        ValueError: no name of a device, or one that this machine or this PyTorch does not have, or whose memory is full.
     """
     if name is None:
         return default_device()
@@ -26,7 +26,9 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(name)!r} is not there; allowed are cpu, and with a GPU cuda or cuda:N") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        allowed = "allowed are cpu, and with a GPU cuda or cuda:N"
+        raise ValueError(f"device {str(name)!r} cannot be used; {allowed} ({why})") from error
     return device
 
 

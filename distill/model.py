@@ -96,7 +96,7 @@ class Model:
             vae: a folder with the autoencoder of diffusers that decodes latents, of one frame if they are videos.
             normalization: of these latents, as in ``distill precompute latents``: edm2, scm, sd, or vae, which is what the
                 autoencoder's config says.
-            mixed_precision: ``bf16`` to evaluate the network in it, which a GPU, and a CPU with bf16 units, does faster.
+            mixed_precision: ``bf16`` to evaluate the network in it, for devices that have bf16 units.
 
         Raises:
             FileNotFoundError, ValueError: bad numbers of steps, labels, prompts or guidance, or a bad autoencoder.

@@ -6,6 +6,7 @@ the folder holds whole files and says which; a run that was killed goes on at th
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -84,8 +85,13 @@ def hash_of(values) -> str:
 
 def model_hash(model: nn.Module, facts) -> str:
     """Of a model's weights, whatever files they came in, and of plain JSON values beside them, such as its config."""
+    return tensors_hash(model.state_dict(), facts)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], facts) -> str:
+    """Of tensors by name and of plain JSON values beside them."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # of a network that is sharded
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -5,7 +5,6 @@ A point lies in ``points/`` as ``DIGEST.safetensors``, the samples, named by a h
 ``DIGEST-SCORES.json``, its scores, whose name also depends on what they were scored against.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from distill.comparison.scores import Samples, Scorer
 from distill.evaluation import extract
 from distill.evaluation.diversity import near_duplicates
 from distill.evaluation.features import FeatureExtractor
-from distill.shards import hash_of
+from distill.shards import hash_of, tensors_hash
 from distill.visual import to_uint8
 from teachers.pretrained import read_safetensors, write_atomically
 
@@ -55,7 +54,7 @@ class Store:
         tensors, seconds = self.draw(point, bar)
         batch_size = min(self.batch_size, point.num)
         facts = {"facts": json.dumps(point.facts), "seconds": str(seconds), "batch_size": str(batch_size), **setting()}
-        facts["sha256"] = tensors_hash(tensors)
+        facts["sha256"] = tensors_hash(tensors, point.facts)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, facts))
         return tensors
@@ -70,7 +69,7 @@ class Store:
             tensors, sha256 = {}, None
         names = {"features", "grid", "grid_indices", "pairs", "pair_indices", "pair_distances"}
         whole = names <= tensors.keys() and len(tensors["features"]) == point.num
-        if whole and sha256 in (None, tensors_hash(tensors)):  # of an earlier version there is none
+        if whole and sha256 in (None, tensors_hash(tensors, point.facts)):  # of an earlier version there is none
             return tensors
         tqdm.write(f"{path} is damaged: {point.title} is drawn anew")
         return None
@@ -103,9 +102,10 @@ class Store:
     def result(self, point: Point, scorer: Scorer, against: dict, bar: tqdm) -> dict:
         """The point's scores, computed if they are not there."""
         path = self.scores_path(point, against)
-        if self.is_scored(point, path) and (result := self.kept_result(point, path)) is not None:
-            return result
-        tensors = self.samples(point, bar)
+        kept = self.kept_result(point, path) if path.exists() else None
+        tensors = self.samples(point, bar)  # which the report shows, also where they were scored before
+        if kept is not None:
+            return kept
         values, intervals = scorer.score(as_samples(tensors))
         bar.update(point.num * SCORING_COST)
         with safe_open(self.samples_path(point), "pt") as file:
@@ -113,35 +113,30 @@ class Store:
         result = {
             "title": point.title, "num_samples": point.num, "nfe": point.nfe,
             "ms_per_image": float(drawn["seconds"]) * 1000 if point.nfe else None,
-            "scores": values, "intervals": intervals, "drawn": {k: drawn[k] for k in ("batch_size", *setting())},
+            "scores": values, "intervals": intervals, "drawn": {k: drawn[k] for k in DRAWN},
             "facts": point.facts, "samples": self.samples_path(point).name,
         }  # fmt: skip
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
         return result
 
-    def is_scored(self, point: Point, path: Path) -> bool:
-        """Whether its scores are there, and its samples, which the report shows."""
-        return path.exists() and self.samples_path(point).exists()
-
     def kept_result(self, point: Point, path: Path) -> dict | None:
         """What lies there, or ``None`` if it is damaged: then it is scored anew, and a line says so."""
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if is_result(result, point.facts) and self.kept_samples(point, self.samples_path(point)) is not None:
-                return result
-        except ValueError:
-            pass
+        except ValueError:  # no JSON, or no text
+            result = None
+        if is_result(result, point.facts):
+            return result
         tqdm.write(f"{path} is damaged: {point.title} is scored anew")
         return None
 
     def cost(self, point: Point, against: dict) -> int:
         """What is left to do for a point, in evaluations of a network."""
-        if self.is_scored(point, self.scores_path(point, against)):
-            return 0
         drawing = 0 if self.samples_path(point).exists() else point.num * (point.nfe or 1)
-        return drawing + point.num * SCORING_COST
+        return drawing + (0 if self.scores_path(point, against).exists() else point.num * SCORING_COST)
 
 
+DRAWN = ("batch_size", "hardware", "system", "python", "torch", "scm-distill", "date")  # what the report tells of drawing
 RESULT = {"title", "num_samples", "nfe", "ms_per_image", "scores", "intervals", "drawn", "facts", "samples"}
 
 
@@ -152,11 +147,7 @@ def is_result(result, facts: dict) -> bool:
     scores, drawn = result["scores"], result["drawn"]
     if not (isinstance(scores, dict) and scores and all(isinstance(value, float | int) for value in scores.values())):
         return False
-    return isinstance(drawn, dict) and drawn.keys() >= {"batch_size", *setting()} and isinstance(result["intervals"], dict)
-
-
-def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    return hash_of({name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for name, x in tensors.items()})
+    return isinstance(drawn, dict) and drawn.keys() >= set(DRAWN) and isinstance(result["intervals"], dict)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def test_a_damaged_point_is_made_anew(compared, work, tmp_path, capsys, suffix, 
     damage(path)
     report = distill.compare(values(work, out, models=values(work, out)["models"][1:3]))
     assert row(report, "fixed", 1, 1.5)["scores"] == row(compared[1], "fixed", 1, 1.5)["scores"]
-    if path.name != point["samples"] or damage is not Path.unlink:
+    if damage is not Path.unlink:
         assert f"{path} is damaged: fixed, 1 step, guidance 1.5, seed 0 is" in capsys.readouterr().out
 
 
@@ -393,7 +393,7 @@ def test_a_model_has_one_marker_and_an_axis_enough_ticks():
     assert all(line.drawn["marker"] == markers[line.name.split(",")[0]] for line in over_scale)
     assert len({(line.drawn["marker"], str(line.drawn["linestyle"])) for line in over_scale}) == len(over_scale) == 4
     figure = plot(over_cost, None, "evaluations", "distance", (True, True))
-    assert all(len(axis.get_ticklocs()) >= 3 for axis in (figure.axes[0].yaxis,))
+    assert len(figure.axes[0].get_yticks()) >= 3
 
 
 @pytest.mark.parametrize("name", ["sCD", "EDM teacher, 12 steps", "a student of sCD and VSD, 4 steps"])
