@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -233,6 +233,10 @@ class FourierEmbedding(TimeEmbedding):
 SCORES_BYTES = {"cpu": 2**22}
 SCORES_BYTES_ELSEWHERE = 2**28
 
+# Up to so many tokens a CPU's attention with its backward pass in bf16 is faster, two to six times, by plain operations than
+# by the fused kernel (benchmarks/attention_backward.py).
+MATH_TOKENS = 100
+
 FUSED_OR_MATH = [
     SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH,
 ]  # fmt: skip
@@ -247,16 +251,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dual = q, k, v
     (q, t_q), (k, t_k), (v, t_v) = (fwAD.unpack_dual(x) for x in dual)
     if t_q is None and t_k is None and t_v is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(SDPBackend.MATH) if fused_backward_is_slow(q, k) else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v)
     if fits_flash_attention(q, k, v):
         return flash_attend(*dual)
     # Around networks that call torch's function themselves, distill.jvp allows only the kernel with a derivative.
-    with sdpa_kernel(FUSED_OR_MATH):
+    with sdpa_kernel(SDPBackend.MATH if fused_backward_is_slow(q, k) else FUSED_OR_MATH):
         out = F.scaled_dot_product_attention(q, k, v)
     with tangent_mode(), torch.autocast(q.device.type, enabled=False):
         tangents = [torch.zeros_like(x) if t_x is None else t_x for x, t_x in ((q, t_q), (k, t_k), (v, t_v))]
         t_out = attention_tangent(q, k, v, *tangents).to(out.dtype)
     return fwAD.make_dual(out, t_out)
+
+
+def fused_backward_is_slow(q: Tensor, k: Tensor) -> bool:
+    """Whether this may be asked for a gradient that the CPU's fused kernel is slow to give: in bf16, of few tokens."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+    return dtype == torch.bfloat16 and k.shape[-2] <= MATH_TOKENS
 
 
 def attention_tangent(q: Tensor, k: Tensor, v: Tensor, t_q: Tensor, t_k: Tensor, t_v: Tensor) -> Tensor:

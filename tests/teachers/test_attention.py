@@ -93,6 +93,33 @@ def test_checkpointing_and_the_backward_pass(checkpointed):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("tangent", [False, True])
+@pytest.mark.parametrize(
+    "dtype, tokens, fused",
+    [(torch.bfloat16, 49, False), (torch.bfloat16, 256, True), (torch.float32, 49, True), (torch.float64, 49, True)],
+)
+def test_gradients_in_bf16_of_few_tokens_are_not_left_to_the_fused_kernel(dtype, tokens, fused, tangent):
+    """With a tangent beside it (``tangent.shared_primal``) as without, and close to the exact ones."""
+    primals, tangents = primals_and_tangents((2, 2, tokens, 16), torch.float32)
+    leaves = [x.clone().requires_grad_() for x in primals]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    cast = torch.float64 if dtype == torch.float64 else torch.float32
+    with autocast, layers.constant_tangents():
+        arguments = tuple(x.to(cast) for x in leaves)
+        out = torch.func.jvp(attend, arguments, tuple(x.to(cast) for x in tangents))[0] if tangent else attend(*arguments)
+    nodes, seen = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [child for child, _ in node.next_functions if child is not None]
+    assert any("FlashAttention" in name for name in seen) == fused
+    exact_leaves = [x.double().requires_grad_() for x in primals]
+    gradients = torch.autograd.grad(out.double().cos().sum(), leaves)
+    expected = torch.autograd.grad(plain(*exact_leaves).cos().sum(), exact_leaves)
+    for got, exact in zip(gradients, expected, strict=True):
+        assert (got - exact).norm() < (0.03 if dtype == torch.bfloat16 else 1e-5) * exact.norm()
+
+
 class Allocations(TorchDispatchMode):
     """The largest tensor that anything run inside returns, in bytes."""
 
