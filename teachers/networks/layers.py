@@ -245,8 +245,8 @@ FUSED_OR_MATH = [
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over ``(B, heads, tokens, head_dim)``, scaled by ``head_dim ** -0.5``.
 
-    It is torch's fused kernel, which has no forward-mode derivative; the tangent is :func:`attention_tangent`, or where
-    :mod:`teachers.networks.flash_attention` is asked for, that kernel's.
+    It is torch's fused kernel, except where :func:`fused_backward_is_slow`. That kernel has no forward-mode derivative; the
+    tangent is :func:`attention_tangent`, or where :mod:`teachers.networks.flash_attention` is asked for, that kernel's.
     """
     dual = q, k, v
     (q, t_q), (k, t_k), (v, t_v) = (fwAD.unpack_dual(x) for x in dual)
