@@ -138,7 +138,7 @@ class Model:
         self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False,
         solver="heun", guidance_teacher=None, prompts=None, vae=None, normalization="vae", mixed_precision="no",
     ) -> Iterator[tuple[Tensor, Condition | None]]:  # fmt: skip
-        """:meth:`sample` as an iterator over batches of images and labels."""
+        """:meth:`sample` as an iterator over batches of images and labels. Arguments are checked before the first one."""
         decoder = None if vae is None else self.decoder(vae, normalization)
         steps = DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
         times = self.config.get("sampling", {}).get(str(steps))
@@ -150,7 +150,12 @@ class Model:
             batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale), solver=solver,
             mixed_precision=mixed_precision,
         )  # fmt: skip
-        with tqdm(total=num, desc=f"{self.role}, {steps} steps", unit="image", disable=not progress) as bar:
+        bar = {"total": num, "desc": f"{self.role}, {steps} steps", "unit": "image", "disable": not progress}
+        return self.decoded(batches, decoder, bar)
+
+    @staticmethod
+    def decoded(batches: Iterator, decoder: Decoder | None, bar: dict) -> Iterator[tuple[Tensor, Condition | None]]:
+        with tqdm(**bar) as bar:
             for images, used in batches:
                 yield (images if decoder is None else decoder(images)), used
                 bar.update(len(images))
@@ -208,12 +213,13 @@ class Model:
         decoder = None if vae is None else self.decoder(vae, normalization)
         channels = self.network.sample_shape[0] if decoder is None else decoder.image_channels
         label_column = "label" if self.network.text_condition is None else None
-        reference = build_reference(data, features, channels, label_column=label_column)
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
             solver=solver, mixed_precision=mixed_precision,
         )  # fmt: skip
+        # What is asked of the model has been checked by now; nothing has been drawn yet.
+        reference = build_reference(data, features, channels, label_column=label_column)
         return evaluate(batches, reference)
 
     def export(

@@ -1,7 +1,7 @@
 """Run a recipe.
 
-    accelerate launch distill/run.py recipes/mnist.yaml [key=value ...]
-    accelerate launch distill/run.py recipes/mnist.yaml --check
+    accelerate launch --quiet distill/run.py recipes/mnist.yaml [key=value ...]
+    accelerate launch --quiet distill/run.py recipes/mnist.yaml --check
 
 Where the package is installed without its repository: python -m distill.run mnist.yaml
 """

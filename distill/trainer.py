@@ -332,7 +332,8 @@ class Trainer:
             log.cut(self.step)
             write_atomically(self.output_dir / "recipe.yaml", lambda path: path.write_text(text))
         if recipe.report_to:
-            self.accelerator.init_trackers("scm-distill", config={"recipe": text})
+            options = {"wandb": {"dir": recipe.output_dir}}
+            self.accelerator.init_trackers("scm-distill", config={"recipe": text}, init_kwargs=options)
         batches = iter(training_loader(data, self.sampler(len(data)), recipe.data.num_workers))
         self.prepare_validation(data)
         if self.step == 0 or recipe.objective == "retrofit":  # which may be done already, also when it is resumed

@@ -136,6 +136,8 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--mixed-precision", "fp16", "--out", "x.png"], "is 'fp16'; allowed: no, bf16"),
         (["sample", "mnist-edm", "--device", "gpu", "--out", "x.png"], "device 'gpu' cannot be used; allowed are cpu"),
         (["evaluate", "mnist-edm-scm", "--num", "60", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        # Of two mistakes the cheap one is found first: samples are asked for before their reference is read.
+        (["evaluate", "mnist-edm-scm", "--steps", "0", "--data", "not-there"], "num_inference_steps must be 1 to 8, got 0"),
         (["sample", "mnist-edm", "--columns", "0", "--out", "x.png"], "--columns must be at least 1"),
         (["sample", "mnist-edm", "--batch-size", "0", "--out", "x.png"], "batch_size must be at least 1"),
         (["sample", "mnist-edm", "--num", "0", "--out", "x.png"], "at least 1"),
@@ -204,7 +206,6 @@ ELSEWHERE = {
     **{f"scaling/student-{size}.yaml": (f"runs/scaling/teacher-{size}", "benchmarks/scaling.py") for size in "sml"},
     "sd3.yaml": ("stable-diffusion-3-medium", "not run here"),
     "mnist-edm2.yaml": ("runs/mnist-edm2-retrofit", "first run mnist-edm2-retrofit.yaml"),
-    "mnist-flow-long.yaml": ("runs/mnist-flow-scd-vsd", "first run mnist-flow-scd-vsd.yaml"),
     "families/ddpm-retrofit.yaml": ("runs/teachers/ddpm", "benchmarks/diffusers_teachers.py ddpm"),
     "families/ddpm.yaml": ("runs/teachers/ddpm", "families/ddpm-retrofit.yaml"),
     "families/dit-retrofit.yaml": ("runs/teachers/dit", "benchmarks/diffusers_teachers.py dit"),

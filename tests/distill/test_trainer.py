@@ -5,9 +5,9 @@ import math
 import re
 import resource
 import signal
+import sys
 import warnings
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -345,11 +345,31 @@ def test_labels_of_the_data_must_be_classes(world, make_teacher):
         run(values, teacher=str(folder / "two"), num_classes=2)
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_a_tracker_that_is_not_installed_is_refused(world):
+def test_a_tracker_that_is_not_installed_is_refused(world, monkeypatch):
     _, values = world
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as find_spec sees a package that is not there
     with pytest.raises(ValueError, match="report_to: tensorboard needs a package: pip install tensorboard"):
         run(values, report_to="tensorboard")
+
+
+def test_tensorboard_gets_what_the_log_has(world):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, values = world
+    run(values, report_to="tensorboard")
+    events = event_accumulator.EventAccumulator(str(folder / "run" / "scm-distill")).Reload()
+    logged = [row for row in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in logged]
+    assert "endpoint_error/1.1" in events.Tags()["scalars"]
+
+
+def test_wandb_writes_offline_into_the_run_folder(world, monkeypatch):
+    pytest.importorskip("wandb")
+    folder, values = world
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(values, report_to="wandb")
+    (file,) = folder.rglob("run-*.wandb")
+    assert (folder / "run" / "wandb") in file.parents and b"tangent_norm" in file.read_bytes()
 
 
 def test_sigma_data_is_measured(world, make_teacher):
