@@ -145,8 +145,8 @@ class NoisyBatch(NamedTuple):
     labels: Condition | None
     guidance: Tensor | None
 
-    def rows(self, mask: Tensor) -> "NoisyBatch":
-        return NoisyBatch(*(None if values is None else values[mask] for values in self))
+    def rows(self, index: Tensor) -> "NoisyBatch":
+        return NoisyBatch(*(None if values is None else values[index] for values in self))
 
 
 class Consistency:
@@ -174,10 +174,12 @@ class Consistency:
             generator: CPU generator of this step's noise, times and guidance scales.
         """
         p = self.recipe
-        batch = self.noisy_batch(x0, labels, generator)
+        times = self.sample_times(len(x0), generator)
+        batch = self.noisy_batch(x0, labels, times, generator)
         progress = step / p.max_train_steps
         has_segments = p.segments is not None and not p.segments.are_over(progress)
-        on_segment = p.segments.covers(batch.t, progress) if has_segments else None
+        # On the host, like the times: which networks to call, and for how many samples, does not wait for the device.
+        on_segment = p.segments.covers(times[0], progress) if has_segments else None
         # The loss forward must see the dropout masks that the target saw.
         rng = record_rng(x0.device) if network.training else None
         if p.tangent.shared_primal:
@@ -194,15 +196,15 @@ class Consistency:
             # compiled code that difference is as large as g.
             frozen = F.detach()
         if on_segment is not None:
-            rows, now = trigflow.expand(on_segment, F), F.detach()
+            rows, now = trigflow.expand(to_device(on_segment, F.device), F), F.detach()
             frozen, g = torch.where(rows, now, frozen), torch.where(rows, frozen - now, g)
         error = mean_square(F - (frozen + normalize_tangent(g, p.tangent)))
         logs = {"tangent_norm": mean_square(g).sqrt().mean(), "squared_error": error.detach().mean()}
         return Loss(weighted_loss(error, batch.t, self.weighting), logs)
 
-    def noisy_batch(self, x0, labels, generator) -> NoisyBatch:
-        """Step 1 of Algorithm 1."""
-        t, t_next = self.sample_times(len(x0), generator, x0.device)
+    def noisy_batch(self, x0, labels, times: tuple[Tensor, Tensor | None], generator) -> NoisyBatch:
+        """Step 1 of Algorithm 1, at times that :meth:`sample_times` drew."""
+        t, t_next = (None if each is None else to_device(each, x0.device) for each in times)
         z = self.recipe.sigma_data * to_device(draw(torch.randn, x0.shape, generator), x0.device)
         guidance = sample_guidance(self.recipe, len(x0), generator, x0.device)
         return NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, t_next, labels, guidance)
@@ -221,28 +223,32 @@ class Consistency:
         return self.discrete_tangent(network, x_t, t, t_next, dx_dt, *condition, r, rng)
 
     def segment_targets(self, network, batch: NoisyBatch, on_segment, step: int, generator) -> tuple[Tensor, Tensor]:
-        """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros."""
+        """For samples that are not on segments ``F^-`` and ``g``; for those that are, the ``F`` to reach, and zeros.
+        ``on_segment`` ``(B,)`` is a mask of the host.
+        """
         target, g = torch.zeros_like(batch.x_t), torch.zeros_like(batch.x_t)
         length = to_device(draw(torch.rand, (len(batch.t),), generator).clamp(min=1e-3), batch.t.device)
-        off, on = self.evaluated(~on_segment, step), self.evaluated(on_segment, step)
-        if off.any():
+        off, count = self.evaluated(~on_segment, step, batch.t.device)
+        if len(off):
             F, tangent = self.tangent(network, batch.rows(off), step, None)
-            target[~on_segment], g[~on_segment] = F[~on_segment[off]], tangent[~on_segment[off]]
-        if on.any():
+            target[off[:count]], g[off[:count]] = F[:count], tangent[:count]
+        on, count = self.evaluated(on_segment, step, batch.t.device)
+        if len(on):
             rows, length = batch.rows(on), self.recipe.segments.max_length * length[on]
             end = self.segment_end(network, rows.x_t, rows.t, length, rows.labels, rows.guidance)
-            target[on_segment] = end[on_segment[on]]
+            target[on[:count]] = end[:count]
         return target, g
 
-    def evaluated(self, rows: Tensor, step: int) -> Tensor:
-        """The samples to evaluate networks at where the mask ``rows`` ``(B,)`` asks for it. Networks in shards are called by
-        every process or by none: where chance decides, by one that has no such sample too, in vain.
+    def evaluated(self, mask: Tensor, step: int, device) -> tuple[Tensor, int]:
+        """The indices of the samples to evaluate networks at where the host's ``mask`` ``(B,)`` asks for it, on the device,
+        and how many of them it asks for. Networks in shards are called by every process or by none: where chance decides, by
+        one that has no such sample too, in vain.
         """
         p = self.recipe
+        rows = [i for i, asked in enumerate(mask.tolist()) if asked]
         by_chance = step / p.max_train_steps >= p.segments.everywhere_share and 0 < p.segments.below < math.pi / 2
-        if is_sharded(p) and by_chance and not rows.any():
-            return torch.arange(len(rows), device=rows.device) == 0
-        return rows
+        in_vain = [0] if is_sharded(p) and by_chance and not rows else []
+        return to_device(torch.tensor(rows + in_vain, dtype=torch.long), device), len(rows)
 
     @torch.no_grad()
     def segment_end(self, network, x_t, t, length, labels, guidance) -> Tensor:
@@ -262,14 +268,14 @@ class Consistency:
             F = network(x_s, s, labels, guidance).to(x_t.dtype)
         return trigflow.network_output(x_t, trigflow.consistency_function(x_s, F, s, sd), t, sd)
 
-    def sample_times(self, n: int, generator, device) -> tuple[Tensor, Tensor | None]:
-        """Times ``t`` and, for the discrete objective, their next smaller grid times; fp32."""
+    def sample_times(self, n: int, generator) -> tuple[Tensor, Tensor | None]:
+        """Times ``t`` and, for the discrete objective, their next smaller grid times; fp32, on the host."""
         p = self.recipe
         t = trigflow.sample_times(n, p.p_mean, p.p_std, p.sigma_data, generator)
         if self.grid is None:
-            return to_device(t.float(), device), None
+            return t.float(), None
         index = torch.searchsorted(self.grid, t).clamp(1, len(self.grid) - 1)
-        return tuple(to_device(self.grid[i].float(), device) for i in (index, index - 1))
+        return self.grid[index].float(), self.grid[index - 1].float()
 
     def pf_ode_velocity(self, x0, z, x_t, t, labels, guidance) -> Tensor:
         """Step 2: the teacher's ``sigma_data F`` (sCD) or the unbiased ``cos(t) z - sin(t) x0`` (sCT)."""

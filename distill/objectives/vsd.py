@@ -134,4 +134,4 @@ def generate_samples(
 
 def choose(numbers: Sequence[int], generator: torch.Generator) -> int:
     """One of them, each as likely."""
-    return numbers[int(torch.randint(len(numbers), (1,), generator=generator))]
+    return numbers[torch.randint(len(numbers), (1,), generator=generator).tolist()[0]]

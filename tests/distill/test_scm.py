@@ -306,7 +306,7 @@ def test_discrete_grid_is_edms():
     assert len(grid) == 65 and grid[0] == 0
     assert math.isclose(sigma[1], 0.002, rel_tol=1e-6) and math.isclose(sigma[-1], 80, rel_tol=1e-6)
     objective = scm.Consistency(recipe(discrete_steps=64), None)
-    t, t_next = objective.sample_times(1000, generator(), "cpu")
+    t, t_next = objective.sample_times(1000, generator())
     assert (t_next < t).all() and set(t.tolist()) <= set(grid.float().tolist())
     with pytest.raises(ValueError, match="discrete_steps must be at least 2"):
         scm.discrete_times(1, SD)

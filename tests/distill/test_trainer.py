@@ -218,7 +218,13 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, {"objective": "training"}, {"objective": "diffusion"}, {"mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"objective": "training"}, {"objective": "diffusion"}, {"mixed_precision": "bf16"},
+        {"vsd": {"steps": [1, 2, 4]}}, {"segments": {"below": 1.0}, "target_half_life_images": 30.0},
+    ],
+)  # fmt: skip
 def test_a_step_does_not_wait_for_the_device(world, changes):
     _, values = world
     changes = {**changes, "tangent": {}} if changes.get("objective") == "diffusion" else changes

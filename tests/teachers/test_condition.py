@@ -119,7 +119,7 @@ def test_segments_over_a_range_of_guidance(teacher):
     network = ScaledTextNetwork(4, TOKENS, WIDTH, 2, mask=True)
     student = teacher.twin(native=network)
     x0, some, generator = torch.randn(16, 1, 2, 2), prompts(16), torch.Generator().manual_seed(0)
-    batch = objective.noisy_batch(x0, some, generator)
+    batch = objective.noisy_batch(x0, some, objective.sample_times(16, generator), generator)
     on_segment = values.segments.covers(batch.t, 0.5)
     assert on_segment.any() and not on_segment.all() and 1 <= batch.guidance.min() < batch.guidance.max() <= 4
     target, g = objective.segment_targets(student, batch, on_segment, 5, torch.Generator().manual_seed(1))
