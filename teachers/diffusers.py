@@ -17,8 +17,10 @@ from torch import Tensor
 
 from teachers.networks.diffusers_text import TEXT_NETWORKS, DiffusersText
 from teachers.parameterization import EDM, Parameterization
+from teachers.unfilled import TABLES, Unfilled
 
 INDEX = "model_index.json"
+MAX_TRAIN_TIMESTEPS = 1_000_000  # published models have 1,000
 MAX_JSON = 16 * 2**20  # bytes; a manifest of a thousand files has 100,000
 COMPONENTS = ("unet", "transformer")  # where pipelines keep the network
 SCHEDULER = "scheduler_config.json"
@@ -228,14 +230,42 @@ def load_scheduler(path: Path, name: str):
         raise ValueError(f"{path} is sampled by {name}: it is distilled already and has no PF-ODE to learn from")
     if not hasattr(diffusers, name):
         raise ValueError(f"{path}: diffusers {diffusers.__version__} has no {name}")
+    file = component_folder(path, "scheduler") / "scheduler_config.json"
+    steps = read_json(file).get("num_train_timesteps", 1000) if file.is_file() else 1000
+    if not isinstance(steps, int) or steps > MAX_TRAIN_TIMESTEPS:  # tables of that length are made
+        raise ValueError(f"{file}: num_train_timesteps must be an integer up to {MAX_TRAIN_TIMESTEPS:,}, got {steps!r}")
     return read_component(getattr(diffusers, name), path, "scheduler")
 
 
 def load_network(path: Path, component: str, name: str):
+    """A pipeline's network.
+
+    Raises:
+        ValueError: a config that asks for far more than the weights that are there, or weights that do not fit it.
+    """
     import diffusers
 
-    safe = has_safetensors(component_folder(path, component))
-    return read_component(getattr(diffusers, name), path, component, use_safetensors=safe)
+    folder, cls = component_folder(path, component), getattr(diffusers, name)
+    options = {"use_safetensors": has_safetensors(folder), "output_loading_info": True}
+    size = sum(file.stat().st_size for file in folder.iterdir())  # of files; a value takes a byte at least
+    if "Transformer" in name:
+        check_positions(folder, size)
+    with Unfilled(size):
+        model, found = read_component(cls, path, component, **options)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(found[f"{kind}_keys"]):
+            raise ValueError(f"{folder}: its weights do not fit its config: {len(names)} {kind} ({', '.join(names[:3])})")
+    return model
+
+
+def check_positions(folder: Path, size: int) -> None:
+    """Raise ``ValueError`` for a table of positions, which diffusers computes by numpy, far larger than the weights."""
+    file = folder / "config.json"
+    own = {key: value for key, value in read_json(file).items() if isinstance(value, int)} if file.is_file() else {}
+    grid = max(own.get("sample_size", 0), own.get("pos_embed_max_size", 0)) // max(own.get("patch_size", 1), 1)
+    width = own.get("num_attention_heads", 16) * own.get("attention_head_dim", 64)
+    if grid**2 * width > 2 * size + TABLES:
+        raise ValueError(f"{file}: it asks for {grid}x{grid} positions, far more than its weights are made for")
 
 
 def has_safetensors(folder: Path) -> bool:

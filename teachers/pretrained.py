@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from teachers import hub
 from teachers.base import LABEL_FORMATS, Teacher
@@ -25,6 +24,7 @@ from teachers.networks import NETWORKS, OURS, build, is_number, is_ours, is_regi
 from teachers.networks.trigflow_time import time_embeddings
 from teachers.nvlabs import is_nvlabs_pickle, read_nvlabs
 from teachers.parameterization import Parameterization
+from teachers.unfilled import Unfilled
 
 ZOO = Path(__file__).parent / "zoo"
 FORMAT, VERSION = "scm-distill", 1
@@ -36,10 +36,6 @@ READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], tuple[dict, di
     "checkpoint": (is_checkpoint, read_checkpoint),
     "diffusers pipeline": (is_diffusers_folder, read_diffusers),
 }
-# Functions that make a tensor of a given size, and how many values beyond its weights (positions, frequencies) a network has
-# at most.
-MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.arange)
-TABLES = 2**22
 ROLES = ("teacher", "student")
 TOLERABLE_SPEED = 1.0  # of a time embedding that a student is differentiated through
 PIPELINE_PREFIX = "model.native."  # where distill.pipeline.SCMNetwork keeps the native network
@@ -252,34 +248,8 @@ def build_unfilled(name: str, config: dict, size: int) -> nn.Module:
     """
     if name in NETWORKS and NETWORKS[name] not in OURS:
         return build(name, config)
-    with Unfilled(2 * size + TABLES):
+    with Unfilled(size):
         return build(name, config)
-
-
-class Unfilled(TorchFunctionMode):
-    """What would be drawn at random is left as memory holds it, and no more than ``limit`` values are made in all."""
-
-    def __init__(self, limit: int):
-        super().__init__()
-        self.left = limit
-
-    def count(self, values: int) -> None:
-        self.left -= values
-        if self.left < 0:
-            raise ValueError("its config describes a network far larger than its weights")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in MAKERS:
-            sizes = kwargs.get("size", args)
-            self.count(math.prod(n for size in sizes for n in (size if isinstance(size, tuple | list) else (size,))))
-        if func is torch.cat:  # tables are made of expanded tensors
-            self.count(sum(tensor.numel() for tensor in args[0]))
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        if func in (torch.rand, torch.randn) and "generator" not in kwargs:
-            return torch.empty(*args, **kwargs)
-        return func(*args, **kwargs)
 
 
 def read_model(source: str | Path) -> tuple[dict, dict[str, Tensor], str]:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.parallel import blocks, checkpoints_activations, is_sharded, world_size
+from distill.parallel import (
+    blocks,
+    checkpoints_activations,
+    is_sharded,
+    local_world_size,
+    offloads,
+    technique,
+    world_size,
+)
 from distill.plan.networks import Networks, planned_networks
 from distill.plan.passes import Pass, Passes, forward_and_backward
 from distill.recipe import Recipe
@@ -83,14 +91,17 @@ class Option:
         return f"{self.name}: {values}"
 
 
-def option(networks: Networks, memory: Memory, devices: int, sharded: bool, checkpointed: bool) -> Option:
-    """DDP keeps a second copy of the gradients, to send. FSDP2 divides everything, gathers the weights of one block while it
-    computes another, and holds the whole gradient of one.
+def option(
+    networks: Networks, memory: Memory, devices: int, shares: int, checkpointed: bool, offloaded: bool = False
+) -> Option:
+    """DDP keeps a second copy of the gradients, to send. FSDP2 divides everything into ``shares``, of which HSDP has as many
+    as a node has devices, gathers the weights of one block while it computes another, and holds the whole gradient of one.
+    Where shares are ``offloaded`` they lie elsewhere.
     """
-    state = dict(memory.state)
+    state, sharded = dict(memory.state), shares > 1
     if sharded:
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(networks.student.native)]
-        state = {name: math.ceil(size / devices) for name, size in state.items()}
+        state = {} if offloaded else {name: math.ceil(size / shares) for name, size in state.items()}
         state["gathered blocks"] = 12 * max(sizes, default=networks.trained())
     elif devices > 1:
         state["gradients"] *= 2
@@ -101,8 +112,8 @@ def options(passes: Passes, devices: int) -> list[Option]:
     """Every way to run a step on so many devices."""
     memories = [step_memory(passes, checkpointed) for checkpointed in (False, True)]
     return [
-        option(passes.networks, memory, devices, sharded, bool(checkpointed))
-        for sharded in ((False, True) if devices > 1 else (False,))
+        option(passes.networks, memory, devices, shares, bool(checkpointed))
+        for shares in ((1, devices) if devices > 1 else (1,))
         for checkpointed, memory in enumerate(memories)
     ]
 
@@ -116,17 +127,17 @@ def what_would_fit(passes: Passes, available: float, devices: int) -> str:
     if fitting:
         return "; ".join(fitting)
     for more in (2**n for n in range(1, 12)):
-        way = option(passes.networks, step_memory(passes, checkpointed=True), more, sharded=True, checkpointed=True)
+        way = option(passes.networks, step_memory(passes, checkpointed=True), more, shares=more, checkpointed=True)
         if way.memory.largest_batch(available) > 0:
             return f"{way.name}: train_batch_size={more}"
     return "nothing: one image is too large"
 
 
 def device_memory() -> tuple[bool, float]:
-    """Whether this process has a GPU, and the bytes that it can use of it, or of the machine."""
+    """Whether this process has a GPU, and the bytes that it can use of it, or of the machine that it shares with others."""
     if torch.cuda.is_available():
         return True, USABLE * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return False, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world_size()
 
 
 def fit_to_device(recipe: Recipe, pretrained: Teacher | None = None) -> Memory | None:
@@ -151,8 +162,10 @@ def fit_to_device(recipe: Recipe, pretrained: Teacher | None = None) -> Memory |
             here = Memory(state_bytes(recipe, networks), [Pass(0.0, activations / passes.batch)])
     except Exception:  # whatever is wrong, also in a user's network, is said better where it is loaded
         return None
-    devices = world_size()
-    here = option(networks, here, devices, is_sharded(recipe), checkpointed).memory
+    devices, shares = world_size(), 1
+    if is_sharded(recipe):
+        shares = local_world_size() if technique(recipe) == "hsdp" else devices
+    here = option(networks, here, devices, shares, checkpointed, gpu and offloads(recipe)).memory
     needed, state = here.total(passes.batch), sum(here.state.values())
     if needed <= available:
         return here

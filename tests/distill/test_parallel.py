@@ -31,6 +31,10 @@ OBJECTIVES = {
 }
 REFERENCES = {}  # what one process trained, by recipe
 BOTH = {"activation_checkpointing": True, "gradient_accumulation_steps": 2}
+SETTINGS = {
+    "plain": {}, "checkpointed": {"activation_checkpointing": True}, "accumulated": {"gradient_accumulation_steps": 2},
+    "both": BOTH,
+}  # fmt: skip
 # What else is sharded: a guidance teacher, the average that targets come from, parameters without dimensions.
 EVERYTHING = {
     "teacher": "EDM2UNet", "guidance_teacher": "SongUNet", "guidance_scale": 2.0, "target_half_life_images": 30.0,
@@ -100,13 +104,18 @@ def check_same(found, expected, name, tolerance=1e-5):
         assert found["logs"][key] == pytest.approx(value, rel=10 * tolerance), f"{name}: {key}"
 
 
+def every(folder, kind, settings):
+    """Recipes of every objective with each of the settings."""
+    return {
+        f"{name} {kind} {setting}": recipe(folder, **changes, **SETTINGS[setting], distributed=kind)
+        for name, changes in OBJECTIVES.items() for setting in settings
+    }  # fmt: skip
+
+
 @several_processes
-@pytest.mark.parametrize("kind, halves", [("ddp", ({}, BOTH, {}, BOTH)), ("fsdp", (BOTH, {}, BOTH, {}))])
-def test_two_processes_train_as_one(server, folder, kind, halves):
-    # Every objective by both techniques, each of them with checkpointing and accumulation and without.
-    named = zip(OBJECTIVES.items(), halves, strict=True)
-    cases = {f"{name} {kind}": recipe(folder, **changes, **half, distributed=kind) for (name, changes), half in named}
-    exact(server, folder, cases, 2)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(server, folder, kind):
+    exact(server, folder, every(folder, kind, SETTINGS), 2)
 
 
 @several_processes
@@ -119,13 +128,9 @@ def test_two_processes_train_everything_in_shards(server, folder):
 
 
 @several_processes
-def test_four_processes_train_as_one(server, folder):
-    cases = {
-        "sCD ddp 4": recipe(folder, **BOTH, distributed="ddp"),
-        "sCT fsdp 4": recipe(folder, **OBJECTIVES["sCT"], distributed="fsdp"),
-        "VSD hsdp 4": recipe(folder, **OBJECTIVES["VSD"], distributed="hsdp"),
-    }
-    exact(server, folder, cases, 4, LOCAL_WORLD_SIZE="2")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+def test_four_processes_train_as_one(server, folder, kind):
+    exact(server, folder, every(folder, kind, ("plain", "both")), 4, LOCAL_WORLD_SIZE="2")
 
 
 def test_every_image_is_drawn_once_by_some_process():

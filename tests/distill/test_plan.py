@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from distill.jvp import jvp
 from distill.objectives.scm import build_objective
 from distill.objectives.vsd import VSD, FakeScore
 from distill.optimizer import build_optimizer
-from distill.plan.memory import Memory, option, step_memory
+from distill.plan.memory import Memory, fit_to_device, option, step_memory
 from distill.plan.networks import Networks, planned_networks
 from distill.plan.passes import LiveMemory, Pass, Passes, blocks
 from distill.plan.report import passes_per_image, sampling_costs, segment_share, step_flops, table
@@ -228,8 +229,9 @@ def test_sharding_divides_the_state_and_processes_keep_a_second_gradient(make_te
     network = make_teacher("SiT")
     assert len(blocks(network.native)) >= 2
     memory = Memory({"weights": 800, "gradients": 800}, [Pass(0.0, 10.0, 5.0)])
-    single, double, sharded = (option(Networks(network), memory, n, fsdp, False) for n, fsdp in ((1, 0), (8, 0), (8, 1)))
+    single, double, sharded = (option(Networks(network), memory, n, shares, False) for n, shares in ((1, 1), (8, 1), (8, 8)))
     assert [way.memory.state["gradients"] for way in (single, double, sharded)] == [800, 1600, 100]
+    assert set(option(Networks(network), memory, 8, 8, False, offloaded=True).memory.state) == {"gathered blocks"}
     assert sharded.memory.state["weights"] == 100 and sharded.memory.state["gathered blocks"] > 0
     r = recipe(train_batch_size=6, gradient_accumulation_steps=2)
     assert single.advice(r, 1665) == "train_batch_size=6 gradient_accumulation_steps=2"
@@ -237,6 +239,14 @@ def test_sharding_divides_the_state_and_processes_keep_a_second_gradient(make_te
     r = recipe(train_batch_size=24, gradient_accumulation_steps=2)
     assert double.advice(r, 2415) == "DDP: train_batch_size=8 gradient_accumulation_steps=6"
     assert single.advice(r, 1600) is None
+
+
+def test_hsdp_shares_the_state_within_a_node(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    r = load_recipe("mnist-flow.yaml")
+    weights = {kind: fit_to_device(replace(r, distributed=kind)).state["weights"] for kind in ("ddp", "fsdp", "hsdp")}
+    assert weights["fsdp"] == math.ceil(weights["ddp"] / 16) and weights["hsdp"] == math.ceil(weights["ddp"] / 8)
 
 
 def test_a_network_that_looks_at_values_cannot_be_planned(make_teacher):

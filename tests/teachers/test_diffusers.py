@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import DIT, UNET2D
 
 import teachers
@@ -111,6 +111,9 @@ def edit(path, **changes):
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps must be at least 3"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "must be an integer up to 1,000,000"),
+        ("unet/config.json", {"layers_per_block": 10**6}, "a network far larger than its weights"),
+        ("unet/config.json", {"layers_per_block": 2}, r"do not fit its config: \d+ missing \(down_blocks"),
         ("scheduler/scheduler_config.json", {"timestep_type": "continuous"}, "'continuous' is not supported"),
         ("scheduler/scheduler_config.json", {"prediction_type": "score"}, "prediction_type 'score'"),
     ],
@@ -136,6 +139,25 @@ def test_a_part_of_a_pipeline_is_not_a_teacher(tmp_path):
     (tmp_path / "ddpm" / "model_index.json").unlink()
     with pytest.raises(ValueError, match="part of a pipeline: name the pipeline's folder, whose scheduler"):
         teachers.load(tmp_path / "ddpm" / "unet")
+
+
+def test_a_table_of_positions_far_larger_than_the_weights_is_refused(tmp_path):
+    dit_pipeline(tmp_path)
+    edit(tmp_path / "transformer" / "config.json", sample_size=3000)
+    with pytest.raises(ValueError, match="config.json: it asks for 1500x1500 positions, far more"):
+        teachers.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_tensors_that_do_not_fit_are_named(tmp_path, kind):
+    ddpm_pipeline(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    conv = tensors.pop("conv_in.weight") if kind == "missing" else tensors["conv_in.weight"]
+    save_file(tensors if kind == "missing" else {**tensors, "conv_in.weight": conv, "own": conv.clone()}, weights)
+    name = "conv_in.weight" if kind == "missing" else "own"
+    with pytest.raises(ValueError, match=rf"unet: its weights do not fit its config: 1 {kind} \({name}\)"):
+        teachers.load(tmp_path)
 
 
 def test_a_damaged_pipeline_is_one_sentence(tmp_path):
