@@ -150,12 +150,13 @@ class Model:
             batch_size=batch_size, times=times, guidance=self.guidance(guidance_scale), solver=solver,
             mixed_precision=mixed_precision,
         )  # fmt: skip
-        bar = {"total": num, "desc": f"{self.role}, {steps} steps", "unit": "image", "disable": not progress}
-        return self.decoded(batches, decoder, bar)
+        progress_bar = {"total": num, "desc": f"{self.role}, {steps} steps", "unit": "image", "disable": not progress}
+        return self.decoded(batches, decoder, progress_bar)
 
     @staticmethod
-    def decoded(batches: Iterator, decoder: Decoder | None, bar: dict) -> Iterator[tuple[Tensor, Condition | None]]:
-        with tqdm(**bar) as bar:
+    def decoded(batches: Iterator, decoder: Decoder | None, progress_bar: dict) -> Iterator[tuple[Tensor, Condition | None]]:
+        """The batches as images, with a progress bar of tqdm's arguments ``progress_bar``."""
+        with tqdm(**progress_bar) as bar:
             for images, used in batches:
                 yield (images if decoder is None else decoder(images)), used
                 bar.update(len(images))

@@ -16,6 +16,7 @@ import yaml
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from support import UNET2D
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
@@ -360,17 +361,15 @@ def test_a_tracker_that_is_not_installed_is_refused(world, monkeypatch):
 
 
 def test_tensorboard_gets_what_the_log_has(world):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder, values = world
     run(values, report_to="tensorboard")
-    events = event_accumulator.EventAccumulator(str(folder / "run" / "scm-distill")).Reload()
+    events = EventAccumulator(str(folder / "run" / "scm-distill")).Reload()
     logged = [row for row in map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in logged]
     assert "endpoint_error/1.1" in events.Tags()["scalars"]
 
 
 def test_wandb_writes_offline_into_the_run_folder(world, monkeypatch):
-    pytest.importorskip("wandb")
     folder, values = world
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
