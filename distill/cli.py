@@ -310,7 +310,10 @@ def sentence(error: Exception) -> str:
     """The message of an error for the command line; one of the operating system with its path in front."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename} cannot be read or written: {error.strerror}"
-    return str(error)
+    text = str(error)
+    if "in DataLoader worker process" in text:  # torch puts the traceback of the worker in front of its message
+        return text.rstrip().splitlines()[-1].partition(": ")[2]
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,10 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class Images(Dataset):
-    """An HF dataset as pairs of an image ``(C, H, W)``, float32 in [-1, 1], and an integer label (0 if there is none)."""
+    """An HF dataset as pairs of an image ``(C, H, W)``, float32 in [-1, 1], and an integer label (0 if there is none).
+
+    All images are of one size; one of another cannot be read.
+    """
 
     def __init__(self, rows: datasets.Dataset, image_column: str, label_column: str | None, channels: int):
         self.rows, self.image_column, self.label_column = rows, image_column, label_column
@@ -59,8 +63,15 @@ class Images(Dataset):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"image {index} of column {self.image_column!r} cannot be read: {reason}") from error
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the first image."""
+        return self.rows[0][self.image_column].size
+
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 ``(C, H, W)``."""
+        if image.size != self.size:  # before its pixels are, which may be a thousand times as many
+            raise ValueError("it has {}x{} pixels, the first one {}x{}".format(*image.size, *self.size))
         pixels = np.array(image.convert(self.mode))
         return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
 
@@ -186,8 +197,6 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     for index, (data, path) in enumerate(files):
         with images.one_sentence(index):
             pixels.append(images.pixels(Image.open(path if data is None else io.BytesIO(data))))
-            if pixels[-1].shape != pixels[0].shape:
-                raise ValueError(f"it has shape {list(pixels[-1].shape)}, the first one has {list(pixels[0].shape)}")
     labels = image_labels(images)
     if labels is None:
         labels = torch.zeros(len(pixels), dtype=torch.long)

@@ -215,7 +215,7 @@ def class_name(index: dict, component: str, path: Path) -> str:
     match index.get(component):
         case ["diffusers", str(name)]:
             return name
-    raise ValueError(f"{path / INDEX}: {component} is {index.get(component)!r} and must be a class of diffusers")
+    raise ValueError(f"{path / INDEX}: {component} is {index.get(component)!r:.100} and must be a class of diffusers")
 
 
 def load_scheduler(path: Path, name: str):
@@ -233,7 +233,7 @@ def load_scheduler(path: Path, name: str):
     file = component_folder(path, "scheduler") / "scheduler_config.json"
     steps = read_json(file).get("num_train_timesteps", 1000) if file.is_file() else 1000
     if not isinstance(steps, int) or steps > MAX_TRAIN_TIMESTEPS:  # tables of that length are made
-        raise ValueError(f"{file}: num_train_timesteps must be an integer up to {MAX_TRAIN_TIMESTEPS:,}, got {steps!r}")
+        raise ValueError(f"{file}: num_train_timesteps must be an integer up to {MAX_TRAIN_TIMESTEPS:,}, got {steps!r:.100}")
     return read_component(getattr(diffusers, name), path, "scheduler")
 
 
@@ -287,7 +287,7 @@ def scheduler_convention(scheduler) -> tuple[Parameterization, float | None]:
         ValueError: a scheduler, prediction or noise schedule that is not supported.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    prediction = config.get("prediction_type", "epsilon")
+    prediction = str(config.get("prediction_type", "epsilon"))
     if config.get("invert_sigmas"):
         raise ValueError(f"scheduler {name} with invert_sigmas is not supported")
     if name in FLOW or prediction == "flow_prediction" or config.get("use_flow_sigmas"):
@@ -297,11 +297,11 @@ def scheduler_convention(scheduler) -> tuple[Parameterization, float | None]:
     if name in EDM_SCHEDULERS and prediction == "epsilon":
         return EDM, config.sigma_data
     if not hasattr(scheduler, "alphas_cumprod") or prediction not in VP_PREDICTIONS:
-        raise ValueError(f"scheduler {name} with prediction_type {prediction!r} is not supported")
+        raise ValueError(f"scheduler {name} with prediction_type {prediction!r:.100} is not supported")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         raise ValueError(f"scheduler {name}: trained_betas and rescale_betas_zero_snr are not supported")
-    if config.beta_schedule not in BETA_SCHEDULES:
-        raise ValueError(f"beta_schedule {config.beta_schedule!r} is not supported; {', '.join(BETA_SCHEDULES)} are")
+    if str(config.beta_schedule) not in BETA_SCHEDULES:
+        raise ValueError(f"beta_schedule {config.beta_schedule!r:.100} is not supported; {', '.join(BETA_SCHEDULES)} are")
     if config.num_train_timesteps < 3:
         raise ValueError(f"scheduler {name}: num_train_timesteps must be at least 3, got {config.num_train_timesteps}")
     schedule = {key: config[key] for key in ("beta_start", "beta_end", "num_train_timesteps")}

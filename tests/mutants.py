@@ -1,8 +1,9 @@
 """Damaged and hostile files through every loader: python tests/mutants.py FOLDER [ROUNDS].
 
-Each file must load or give one sentence as a ValueError or OSError, within 5 seconds of CPU time and 1 GiB of memory, and
-without running anything, connecting to anything or opening a file outside. The report is JSON on stdout: how many files of
-each kind were tried, and what went wrong. ROUNDS (by default 1) multiplies the random ones.
+Each file must load or give one sentence as a ValueError or OSError, within 5 seconds of CPU time (and a minute by the clock,
+for what waits) and 1 GiB of memory, and without running anything, connecting to anything or opening a file outside. The
+report is JSON on stdout: how many files of each kind were tried, and what went wrong. ROUNDS (by default 1) multiplies the
+random ones.
 """
 
 import argparse
@@ -19,32 +20,37 @@ import struct
 import sys
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
 import yaml
 from PIL import Image as Picture
 from pyarrow import parquet
+from support import DIT, UNET2D
+from text_pipelines import pixart
 
 import teachers
 from distill import shards
 from distill.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from distill.comparison.config import load_comparison
 from distill.data import teacher_samples, training_data
 from distill.latents import LATENTS, Latents
 from distill.prompts import NULL, PROMPTS, Prompts
 from distill.recipe import load_recipe, parse_recipe
 from teachers.networks import build
 
-SECONDS, MEMORY = 5, 2**30
+SECONDS, WAIT, MEMORY = 5, 60, 2**30
 SIT = dict(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=2, learn_sigma=False)
 RECIPE = dict(
     objective="diffusion", network={"name": "SiT", "config": SIT, "parameterization": "RECTIFIED_FLOW"}, output_dir="x",
     sigma_data=0.5, sample_shape=[1, 4, 4], num_classes=2, data={"source": "x"}, max_train_steps=2, train_batch_size=2,
 )  # fmt: skip
+COMPARISON = dict(output_dir="x", models=[{"name": "a", "source": "x", "steps": [1, 2]}], data={"source": "x"}, seeds=[0])
 
 
 class Target(NamedTuple):
@@ -222,8 +228,9 @@ def bomb(levels: int) -> str:
     return f"[{', '.join(lists)}]"
 
 
-def recipes(command: str) -> list[bytes]:
-    text = yaml.safe_dump(RECIPE)
+def recipes(command: str, values: dict, keys: tuple[str, ...]) -> list[bytes]:
+    """Hostile versions of a file of ``values``, at ``keys`` of it."""
+    text = yaml.safe_dump(values)
     merges = "a0: &a0 {x: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 9))
     tags = [
         f"!!python/object/apply:os.system ['{command}']", "!!python/object/new:os.system [x]", "!!python/name:os.system ''",
@@ -235,19 +242,21 @@ def recipes(command: str) -> list[bytes]:
         "*missing", "!<x> y", "&a &b c", "| " * 10, "\\x00", "\t", "%YAML 9.9", "--- a\n--- b", "{[a]: b}", "{{}: b}",
         "<<", "{<<: 1}", "{<<: [1]}", "{=: 1}",
     ]  # fmt: skip
-    keys = ("notes", "sample_shape", "network", "sigma_data", "base")
     attacks = [f"{text}\n{keys[i % len(keys)]}: {tag}\n" for i, tag in enumerate(tags)]
-    attacks += [f"{text}\n{key}: {bomb(9)}" for key in ("notes", "sample_shape", "seed", "network", "x")]
+    attacks += [f"{text}\n{key}: {bomb(9)}" for key in (*keys[:4], "x")]
     attacks += [f"{merges}\n{text}", bomb(9), "a: b\n" * 100_000, "", "[]", "x", "null", "1", text * 2]
     bases = ("../outside.yaml", "/dev/zero", "recipe.yaml", "'\\0'", "[1]", "{a: b}")
     attacks += [f"{text}\nbase: {base}" for base in bases]
     return [attack.encode() for attack in attacks] + [text.encode("utf-16"), b"\xff\xfe" + text.encode(), b"\0" * 1000]
 
 
-def change_recipe(rng: random.Random, data: bytes) -> bytes:
-    if rng.random() < 0.5:
-        return damage(rng, data)
-    return yaml.safe_dump(json.loads(change_json(rng, json.dumps(RECIPE).encode()))).encode()
+def change_yaml(values: dict) -> Callable[[random.Random, bytes], bytes]:
+    def change(rng: random.Random, data: bytes) -> bytes:
+        if rng.random() < 0.5:
+            return damage(rng, data)
+        return yaml.safe_dump(json.loads(change_json(rng, json.dumps(values).encode()))).encode()
+
+    return change
 
 
 # ---- loaders and intact files --------------------------------------------------------------------------------------------
@@ -299,6 +308,50 @@ def checkpoint_targets(folder: Path, command: str) -> dict[str, Target]:
         "hint": Target(zipped.with_name("weights.pt.json"), load(zipped), [DEEP_JSON, b"[]", b""], damage_json, 15),
         "pickle": Target(pickled, load(pickled), pickles(command), damage_early, 40),
     }  # fmt: skip
+
+
+def diffusers_targets(folder: Path, command: str) -> dict[str, Target]:
+    """What pipelines of diffusers say of themselves, and the weights of one."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(**{**UNET2D, "in_channels": 1, "out_channels": 1})
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "ddpm")
+    transformer = diffusers.DiTTransformer2DModel(**{**DIT, "num_layers": 1})
+    diffusers.DiTPipeline(transformer, None, diffusers.DDIMScheduler()).save_pretrained(folder / "dit")
+    pixart().save_pretrained(folder / "pixart")
+    scheduler, index = folder / "ddpm/scheduler/scheduler_config.json", folder / "ddpm/model_index.json"
+    networks = {
+        "UNet2DModel": folder / "ddpm/unet",
+        "DiT": folder / "dit/transformer",
+        "PixArt": folder / "pixart/transformer",
+    }
+
+    def load(pipeline: str):
+        return lambda: teachers.load(folder / pipeline)
+
+    classes = (["os", "system"], ["diffusers", "os"], ["diffusers", "../x"], ["transformers", "UNet2DModel"], "x", [], None,
+               ["diffusers", "__version__"], ["diffusers", "DiffusionPipeline"], ["diffusers", ["UNet2DModel"]])  # fmt: skip
+    attacks = changed(index, ("unet", "scheduler"), classes) + changed(
+        index, ("_class_name",), ("os.system", "x", 1, None, [])
+    )
+    numbers = (10**5, 10**9, 10**18, 0, -1, 1.5, "x", None, [])
+    targets = {
+        "pipeline": Target(index, load("ddpm"), [*attacks, DEEP_JSON, b"[]", b""], damage_json, 20),
+        "scheduler": Target(scheduler, load("ddpm"), changed(scheduler, json.loads(scheduler.read_text()), numbers),
+                            damage_json, 20),
+    }  # fmt: skip
+    for name, place in networks.items():
+        config = folder / place / "config.json"
+        sizes = changed(config, json.loads(config.read_text()), numbers)
+        targets[f"{name} config"] = Target(config, load(Path(place).parent.name), [*sizes, DEEP_JSON, b""], damage_json, 20)
+    (weights,) = (folder / "ddpm/unet").glob("*.safetensors")
+    targets["UNet2DModel"] = Target(weights, load("ddpm"), headers(weights.read_bytes()), damage_safetensors, 15)
+    return targets
+
+
+def changed(path: Path, keys: Iterable[str], values: Iterable) -> list[bytes]:
+    """A JSON file with each of the values at each of the keys."""
+    intact = json.loads(path.read_text())
+    return [json.dumps({**intact, key: value}).encode() for key in keys for value in values]
 
 
 class Persistent:
@@ -473,6 +526,37 @@ def parquet_targets(folder: Path, command: str) -> dict[str, Target]:
     return {"parquet": Target(path, lambda: training_data(recipe, None, folder), attacks, damage, 12)}
 
 
+def image_targets(folder: Path, command: str) -> dict[str, Target]:
+    """An image of a folder of images, and the file that labels them."""
+    images = folder / "images"
+    images.mkdir()
+    values = (np.random.default_rng(0).standard_normal((16, 4, 4)) * 64 + 128).clip(0, 255).astype(np.uint8)
+    for i, pixels in enumerate(values):
+        (images / f"{i}.png").write_bytes(png(pixels))
+    rows = [{"file_name": f"{i}.png", "label": i % 2} for i in range(16)]
+    metadata = images / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, rows)))
+
+    def labelled(**last) -> bytes:
+        return "\n".join(map(json.dumps, [*rows[:-1], {**rows[-1], **last}])).encode()
+
+    names = ("../outside", "/etc/passwd", "https://localhost:1/x.png", "", ".", "\0", "x" * 1000, None, 1, [], "0.png")
+    attacks = [labelled(file_name=name) for name in names]
+    attacks += [labelled(label=label) for label in (10**15, 10**30, -1, None, 1.5, "x", [], {"a": 1})]
+    attacks += [labelled(**{key: 1}) for key in ("image", "x" * 10_000, "")] + [DEEP_JSON, b"", b"[]", b"{}", b"1\n2"]
+    size = [png(np.zeros(shape, np.uint8)) for shape in ((5, 4), (12_000, 12_000))]
+    large = png(values[0])[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + png(values[0])[24:]
+    recipe = parse_recipe({**RECIPE, "data": {"source": str(images)}}, "recipe")
+
+    def load():
+        return training_data(recipe, None, folder)
+
+    return {
+        "image": Target(images / "3.png", load, [*size, large, b"", b"GIF89a", b"<svg/>", b"%!PS-Adobe"], damage, 12),
+        "metadata": Target(metadata, load, attacks, damage, 10),
+    }
+
+
 def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Picture.fromarray(pixels).save(file, "png")
@@ -480,9 +564,15 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def recipe_targets(folder: Path, command: str) -> dict[str, Target]:
-    path = folder / "recipe.yaml"
+    path, comparison = folder / "recipe.yaml", folder / "comparison.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
-    return {"recipe": Target(path, lambda: load_recipe(path), recipes(command), change_recipe, 40)}
+    comparison.write_text(yaml.safe_dump(COMPARISON))
+    attacks = recipes(command, COMPARISON, ("notes", "seeds", "models", "num_samples", "data"))
+    keys = ("notes", "sample_shape", "network", "sigma_data", "base")
+    return {
+        "recipe": Target(path, lambda: load_recipe(path), recipes(command, RECIPE, keys), change_yaml(RECIPE), 40),
+        "comparison": Target(comparison, lambda: load_comparison(comparison), attacks, change_yaml(COMPARISON), 40),
+    }
 
 
 # ---- trying them ---------------------------------------------------------------------------------------------------------
@@ -514,6 +604,7 @@ def outcome(load: Callable[[], Any], seen: list[str]) -> str | None:
     """What went wrong; ``None`` if nothing did."""
     seen.clear()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF ends the process, whatever it is doing
+    signal.setitimer(signal.ITIMER_REAL, WAIT)  # SIGALRM also one that does nothing
     try:
         load()
     except (ValueError, OSError) as error:
@@ -526,6 +617,7 @@ def outcome(load: Callable[[], Any], seen: list[str]) -> str | None:
         return f"{type(error).__name__}: {str(error)[:300]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return f"did {seen[0]}" if seen else None
 
 
@@ -543,12 +635,17 @@ def main(folder: Path, rounds: int) -> None:
     work = folder / "work"
     work.mkdir()
     targets = {}
-    for make in (recipe_targets, model_targets, checkpoint_targets, run_targets, prepared_targets, parquet_targets):
+    kinds = (
+        recipe_targets, model_targets, checkpoint_targets, diffusers_targets, run_targets, prepared_targets, parquet_targets,
+        image_targets,
+    )  # fmt: skip
+    for make in kinds:
         targets |= make(work, f"touch {marker}")
     seen: list[str] = []
     watch([outside, work / "outside", Path("/etc/passwd")], seen)
     limit_memory()
-    faulthandler.register(signal.SIGPROF, chain=True)  # says where it was
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        faulthandler.register(number, chain=True)  # says where it was
     tried, wrong = {}, []
     for name, target in targets.items():
         rng, intact = random.Random(name), target.path.read_bytes()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
+from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from distill import cli, precompute, shards
@@ -255,6 +256,15 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
     write_images(tmp_path / "bare.parquet", 8, labels=[None] * COUNT)
     assert "without a label" in message(tmp_path / "bare.parquet", tmp_path / "out", "--vae", inputs / "vae")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "images").mkdir()
+    for i, size in enumerate((8, 8, 8, 10)):
+        Picture.new("L", (size, size)).save(tmp_path / f"images/{i}.png")
+    mixed = [tmp_path / "images", tmp_path / "out", "--vae", inputs / "vae", "--normalization", "scm", "--no-labels"]
+    for workers in "02":
+        assert cli.main(["precompute", "latents", *map(str, mixed), "--num-workers", workers]) == 1
+        *bar, error = capsys.readouterr().err.splitlines()
+        assert not any("Traceback" in line for line in bar)
+        assert error == "error: image 3 of column 'image' cannot be read: it has 10x10 pixels, the first one 8x8"
 
 
 def test_command_line(inputs, tmp_path, capsys):
