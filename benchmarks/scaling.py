@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--out runs/scaling] [--sizes s m l] [--teacher key=value ...] [--student key=value ...]
 
-Trains the teachers of ``recipes/scaling``, distils each with the same recipe, and plots the ratio of the students' Fréchet
+Trains the teachers of ``recipes/scaling``, distils each by ``recipes/scaling.yaml``, and plots the ratio of the students' Fréchet
 distance to their teacher's. Everything is a run of ``distill/run.py``; one whose ``metrics.json`` is there is not repeated,
 and one that was stopped goes on. Into ``OUT`` go ``scaling.json``, ``scaling.md`` and ``scaling.png``.
 """
@@ -40,8 +40,8 @@ def measure(size: str, out: Path, teacher: list[str], student: list[str]) -> dic
     """Parameters and Fréchet distances of one size."""
     overrides = [f"teacher={out / f'teacher-{size}'}", *student]
     finish(f"recipes/scaling/teacher-{size}.yaml", out / f"teacher-{size}", teacher)
-    rows = finish(f"recipes/scaling/student-{size}.yaml", out / f"student-{size}", overrides)
-    networks = planned_networks(load_recipe(f"recipes/scaling/student-{size}.yaml", parse_overrides(overrides)))
+    rows = finish("recipes/scaling.yaml", out / f"student-{size}", overrides)
+    networks = planned_networks(load_recipe("recipes/scaling.yaml", parse_overrides(overrides)))
     distances = {title: row[METRIC] for title, row in rows.items()}
     reference = next(distance for title, distance in distances.items() if title.startswith("teacher"))
     students = {title.split(", ")[1]: distance for title, distance in distances.items() if title.startswith("this run")}

@@ -47,4 +47,4 @@ def test_what_is_missing_is_run_by_its_recipe(scaling, tmp_path, capsys):
     finished(tmp_path / "teacher-s", {"trained network, 18 steps": 1.0})
     with pytest.raises(SystemExit):
         scaling.main(["--out", str(tmp_path), "--sizes", "s", "--student", "max_train_steps=0"])
-    assert "student-s.yaml: max_train_steps must be positive" in capsys.readouterr().err
+    assert "scaling.yaml: max_train_steps must be positive" in capsys.readouterr().err
