@@ -181,6 +181,13 @@ class Teacher(nn.Module):
             own = "none" if self.text_condition is None else self.text_condition
             raise ValueError(f"{name} takes text embeddings {guide.text_condition}, the teacher that it guides {own}")
 
+    def _apply(self, fn, recurse: bool = True) -> "Teacher":
+        """As ``nn.Module._apply``; the null prompt goes along to the device, in the precision that it has."""
+        super()._apply(fn, recurse)
+        if self.null_prompt is not None:
+            self.null_prompt = self.null_prompt.to(fn(torch.empty(0, dtype=torch.long)).device)
+        return self
+
     def train(self, mode: bool = True) -> "Teacher":
         """As ``nn.Module.train``; the guidance teacher stays in eval mode."""
         super().train(mode)

@@ -46,12 +46,19 @@ def knots(schedule: BetaSchedule) -> tuple[Tensor, Tensor]:
     return noise, torch.cat([secants[:1], inner, secants[-1:]])
 
 
+@lru_cache
+def knots_on(schedule: BetaSchedule, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`knots` where they are used: a copy for every call would make the host wait for a GPU."""
+    noise, slopes = knots(schedule)
+    return noise.to(device, dtype), slopes.to(device, dtype)
+
+
 def step_at(log_noise: Tensor, schedule: BetaSchedule) -> Tensor:
     """The fractional step, from 0 to ``steps - 1``, at ``log_noise = log(sigma^2 / alpha^2)`` ``(B,)``.
 
     It is exact at the steps, a monotone cubic between them, and stays at the first and the last beyond them.
     """
-    noise, slopes = (values.to(log_noise.device, log_noise.dtype) for values in knots(schedule))
+    noise, slopes = knots_on(schedule, log_noise.device, log_noise.dtype)
     x = log_noise.clamp(noise[0], noise[-1])
     k = torch.searchsorted(noise, x.detach(), right=True).sub(1).clamp(0, schedule.steps - 2)
     width = noise[k + 1] - noise[k]

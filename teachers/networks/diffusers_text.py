@@ -6,7 +6,7 @@ what they round of the time is not.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -146,7 +146,7 @@ def call_pixart(model: nn.Module, x: Tensor, time: Tensor, text: Text, guidance:
     sizes = {"resolution": None, "aspect_ratio": None}
     if model.use_additional_conditions:
         height, width = x.shape[-2:]
-        resolution, ratio = x.new_tensor([VAE_SCALE * height, VAE_SCALE * width]), x.new_tensor([height / width])
+        resolution, ratio = filled(x, [VAE_SCALE * height, VAE_SCALE * width]), filled(x, [height / width])
         sizes = {"resolution": resolution.expand(len(x), 2), "aspect_ratio": ratio.expand(len(x), 1)}
     return model(x, timestep=time, **text, added_cond_kwargs=sizes, return_dict=False)[0]
 
@@ -155,7 +155,7 @@ def call_unet(model: nn.Module, x: Tensor, time: Tensor, text: Text, guidance: T
     added = None
     if "text_embeds" in text:
         size = [VAE_SCALE * x.shape[2], VAE_SCALE * x.shape[3]]  # as if the image had been neither resized nor cropped
-        time_ids = x.new_tensor([*size, 0, 0, *size]).expand(len(x), 6)
+        time_ids = filled(x, [*size, 0, 0, *size]).expand(len(x), 6)
         added = {"text_embeds": text["text_embeds"], "time_ids": time_ids}
     tokens = text["encoder_hidden_states"]
     return model(x, time, encoder_hidden_states=tokens, added_cond_kwargs=added, return_dict=False)[0]
@@ -178,6 +178,11 @@ def call_qwen(model: nn.Module, x: Tensor, time: Tensor, text: Text, guidance: T
     shapes = [[(1, height, width)]] * len(x)
     out = model(pack_latents(x), timestep=ExactTime(time), img_shapes=shapes, **text, return_dict=False)[0]
     return unpack_latents(out, height, width)
+
+
+def filled(x: Tensor, values: Sequence[float]) -> Tensor:
+    """``(len(values),)`` of the kind of ``x``, which a GPU fills in by itself: a copy from the host would wait for it."""
+    return torch.cat([x.new_full((1,), value) for value in values])
 
 
 def pack_latents(x: Tensor) -> Tensor:

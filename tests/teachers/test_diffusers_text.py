@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 import teachers
 from distill.jvp import check_jvp, probe_jvp
@@ -252,6 +253,37 @@ def test_the_derivative(saved, name):
     probe_jvp(teacher)
     with torch.autocast("cpu", torch.bfloat16):
         assert 1e-4 < check_jvp(teacher, tolerance=2e-2)
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts what goes from the host to the device, here that of shapes alone, which stands for any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        of_host = any(torch.is_tensor(arg) and arg.device.type == "cpu" for arg in args)
+        of_numbers = function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+        self.count += (of_host or of_numbers) and torch.is_tensor(result) and result.device.type == "meta"
+        return result
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "sd3", "sana", "auraflow", "wan"])
+def test_a_guided_evaluation_copies_nothing_to_the_device(saved, name):
+    """Neither sizes, nor the table of the noise schedule, nor the null prompt: the host would wait for what is queued."""
+    teacher = copy.deepcopy(saved(name)[3].at_sample_shape(SHAPES.get(name, (4, 8, 8)))).guided_by(2.0).to("meta")
+    x, t = torch.empty(2, *teacher.sample_shape, device="meta"), torch.empty(2, device="meta")
+    given = prompts(teacher, 2).to("meta")
+    teacher(x, t, given)  # what is made once
+    with HostCopies() as copies:
+        teacher(x, t, given)
+    assert copies.count == 0
+    with HostCopies() as copies:
+        x.new_tensor([1.0, 2.0])
+        torch.ones(2).to("meta")
+    assert copies.count == 2
 
 
 def test_autocast_leaves_the_trunk_of_a_u_net_in_fp32(saved):
