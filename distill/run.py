@@ -306,6 +306,9 @@ def main(arguments: list[str] | None = None) -> int:
         if watch is None:
             raise
         return report_crash(error, watch)
+    finally:
+        if watch is not None:
+            watch.end()
     if watch is not None:
         dist.destroy_process_group()
     return 0

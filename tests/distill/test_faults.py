@@ -248,3 +248,21 @@ def test_two_processes_survive_the_death_of_one(runs, server, tmp_path):
         assert text.count("error:") == 1 and "the connection to another process of this run was lost" in text, text
         assert complete(run) == undisturbed
         assert "resumed from" in output.read_text()
+
+
+def test_a_death_is_noticed_by_a_process_that_validates(runs, server, tmp_path):
+    """The other one would wait for it, and itself it would validate for minutes before it looks for the other one."""
+    output, run = tmp_path / "output.txt", tmp_path / "run"
+    runs.start(tmp_path / "teacher", "max_train_steps=300", "checkpointing_steps=300")
+    assert runs.end()[0] == 0
+    student = ["objective=distillation", "network=null", f"teacher={tmp_path / 'teacher'}"]
+    arguments = runs.arguments(run, *student, "evaluation.validation_samples=10000000")
+    pids, _store = server.start_all(2, "distill.run:main", arguments, output=output)
+    while not (output.exists() and "solving the teacher's ODE" in output.read_text()):  # validation comes next
+        assert all(map(is_running, pids)), output.read_text()
+        time.sleep(0.01)
+    time.sleep(1)
+    os.kill(pids[1], signal.SIGKILL)
+    assert server.end(pids, output, limit=30) == [1, -signal.SIGKILL]
+    text = output.read_text()
+    assert text.count("error:") == 1 and "process 0: error: process 1 was killed" in text, text
