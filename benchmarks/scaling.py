@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py [--out runs/scaling] [--sizes s m l] [--teacher key=value ...] [--student key=value ...]
 
-Trains the teachers of ``recipes/scaling``, distils each by ``recipes/scaling.yaml``, and plots the ratio of the students' Fréchet
-distance to their teacher's. Everything is a run of ``distill/run.py``; one whose ``metrics.json`` is there is not repeated,
-and one that was stopped goes on. Into ``OUT`` go ``scaling.json``, ``scaling.md`` and ``scaling.png``.
+Trains the teachers of ``recipes/scaling``, distils each by ``recipes/scaling.yaml``, and plots the ratio of the students'
+Fréchet distance to their teacher's. Everything is a run of ``distill/run.py``; one whose ``metrics.json`` is there is not
+repeated, and one that was stopped goes on. Into ``OUT`` go ``scaling.json``, ``scaling.md`` and ``scaling.png``.
 """
 
 import argparse

@@ -312,7 +312,8 @@ def sentence(error: Exception) -> str:
         return f"{error.filename} cannot be read or written: {error.strerror}"
     text = str(error)
     if "in DataLoader worker process" in text:  # torch puts the traceback of the worker in front of its message
-        return text.rstrip().splitlines()[-1].partition(": ")[2]
+        last = text.rstrip().splitlines()[-1]
+        return last.partition(": ")[2] or last
     return text
 
 

@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from pyarrow.compute import struct_field
 from safetensors.torch import save_file
 from torch import Tensor
@@ -196,11 +196,17 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
     pixels = []
     for index, (data, path) in enumerate(files):
         with images.one_sentence(index):
-            pixels.append(images.pixels(Image.open(path if data is None else io.BytesIO(data))))
+            image = Image.open(path if data is None else io.BytesIO(data))
+            pixels.append(images.pixels(upright(image)))
     labels = image_labels(images)
     if labels is None:
         labels = torch.zeros(len(pixels), dtype=torch.long)
     return torch.from_numpy(np.stack(pixels)).float().div_(127.5).sub_(1), labels
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As ``datasets`` decodes it: turned as its EXIF data say."""
+    return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation) is not None else image
 
 
 def image_labels(images: Images) -> Tensor | None:

@@ -28,15 +28,17 @@ class Watch:
     def __init__(self):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.store = dist.distributed_c10d._get_default_store().clone()
+        self.lock, self.asked = threading.Lock(), False
         self.store.set(f"{PROCESS}/{self.rank}", json.dumps([machine(), os.getpid()]))
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
+        missing: dict[int, int] = {}  # by rank, for how many seconds
         try:
-            neighbours = self.neighbours()
             while not self.store.check([KEY]):
-                for rank, process in neighbours.items():
-                    if not is_running(process) and not self.store.check([f"{ENDED}/{rank}"]):
+                for rank in set(range(self.world)) - {self.rank}:
+                    missing[rank] = missing.get(rank, 0) + 1 if self.is_missing(rank) else 0
+                    if missing[rank] == 2:  # what it said last may still be on its way
                         report_error(f"process {rank} was killed, as the system does when memory runs out", self)
                 time.sleep(1)
         except RuntimeError:
@@ -45,43 +47,54 @@ class Watch:
         sys.stdout.flush()
         os._exit(1)
 
-    def neighbours(self) -> dict[int, psutil.Process | None]:
-        """The other processes of this machine by rank; ``None`` stands for one that is gone already."""
-        found = {}
-        for rank in set(range(self.world)) - {self.rank}:
-            where, pid = json.loads(self.store.get(f"{PROCESS}/{rank}"))
-            if where == machine():
-                found[rank] = psutil.Process(pid) if psutil.pid_exists(pid) else None
-        return found
+    def is_missing(self, rank: int) -> bool:
+        """Whether a process that was on this machine is not there any more, and has not said that it would end."""
+        process, ended = f"{PROCESS}/{rank}", f"{ENDED}/{rank}"
+        if not self.store.check([process]) or self.store.check([ended]):  # to get what is not there would wait for it
+            return False
+        where, pid = json.loads(self.store.get(process))
+        return where is not None and where == machine() and has_ended(pid)
 
     def end(self) -> None:
         """Say that this process ends by itself."""
+        ended = f"{ENDED}/{self.rank}"
         try:
-            self.store.set(f"{ENDED}/{self.rank}", "")
+            self.store.set(ended, "")
+            self.store.check([ended])  # answered when the store has it
         except RuntimeError:
             pass  # the process that held the store is gone
 
     def is_first(self) -> bool:
-        """Whether this process, which has just failed, is the first one."""
+        """Whether this process, which has just failed or seen another one gone, is the first one; only once."""
+        with self.lock:
+            again, self.asked = self.asked, True
         mine = f"rank {self.rank}"
         try:
-            return self.store.compare_set(KEY, "", mine).decode() == mine
+            return not again and self.store.compare_set(KEY, "", mine).decode() == mine
         except RuntimeError:
             return False
 
 
-def machine() -> str:
-    """Where process ids are those of this process: one machine, or one container of it."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    known = [boot.read_text().strip(), str(namespace.stat().st_ino)] if boot.exists() and namespace.exists() else []
-    return " ".join([socket.gethostname(), *known])
+def machine() -> str | None:
+    """Where process ids are those of this process: one machine, or one container of it. ``None`` if those that can be seen
+    are of another one.
+    """
+    proc = Path("/proc/self")
+    if not proc.exists():
+        return socket.gethostname()
+    if os.readlink(proc) != str(os.getpid()):
+        return None
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.stat(proc / "ns/pid").st_ino
+    return f"{socket.gethostname()} {boot} {namespace}"
 
 
-def is_running(process: psutil.Process | None) -> bool:
-    """Whether a process has not ended. One whose parent has not asked how it did is still there, but nothing more."""
+def has_ended(pid: int) -> bool:
+    """Whether no process has this number any more, or one that has ended and is waited for. In doubt it has not."""
     try:
-        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
         return False
 
 

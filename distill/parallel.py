@@ -347,6 +347,9 @@ class Placement:
         for part in sharded_parts(network):
             dtype = torch.bfloat16 if bf16 and isinstance(part, OF_DIFFUSERS) else None
             shard(part, self.mesh, dtype, offloads(self.recipe))
+        for part in network.modules():
+            if getattr(part, "null_prompt", None) is not None:  # a guidance teacher has one too
+                part.null_prompt = part.null_prompt.to(self.device)
         return network
 
     def prepare(self, network: Teacher, build_optimizer, weightings: list[nn.Module]) -> tuple:

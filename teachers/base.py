@@ -185,7 +185,8 @@ class Teacher(nn.Module):
         """As ``nn.Module._apply``; the null prompt goes along to the device, in the precision that it has."""
         super()._apply(fn, recurse)
         if self.null_prompt is not None:
-            self.null_prompt = self.null_prompt.to(fn(torch.empty(0, dtype=torch.long)).device)
+            here = next(iter(self.null_prompt.tensors.values())).new_empty(0, dtype=torch.long)
+            self.null_prompt = self.null_prompt.to(fn(here).device)
         return self
 
     def train(self, mode: bool = True) -> "Teacher":

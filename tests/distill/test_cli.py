@@ -203,7 +203,7 @@ ELSEWHERE = {
     "imagenet512.yaml": ("edm2-img512-s", "not run here"), "imagenet512-vsd.yaml": ("edm2-img512-s", "not run here"),
     **{f"imagenet64-{size}.yaml": (f"edm2-img64-{size}", "not run here") for size in ("s", "m", "l", "xl")},
     **{f"imagenet512-{size}.yaml": (f"edm2-img512-{size}", "not run here") for size in ("s", "m", "l", "xl", "xxl")},
-    **{f"scaling/student-{size}.yaml": (f"runs/scaling/teacher-{size}", "benchmarks/scaling.py") for size in "sml"},
+    "scaling.yaml": ("runs/scaling/teacher-s", "benchmarks/scaling.py"),
     "sd3.yaml": ("stable-diffusion-3-medium", "not run here"),
     "mnist-edm2.yaml": ("runs/mnist-edm2-retrofit", "first run mnist-edm2-retrofit.yaml"),
     "families/ddpm-retrofit.yaml": ("runs/teachers/ddpm", "benchmarks/diffusers_teachers.py ddpm"),

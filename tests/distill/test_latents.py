@@ -11,11 +11,12 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderKL
+from PIL import ExifTags
 from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from distill import cli, precompute, shards
-from distill.data import StepSampler, stored_data, training_data, training_loader
+from distill.data import StepSampler, as_tensors, load_images, stored_data, training_data, training_loader
 from distill.latents import Latents
 from distill.normalization import NORMALIZATIONS, LatentNormalization, decode, encode, normalization
 from distill.precompute import precompute_latents
@@ -265,6 +266,19 @@ def test_bad_autoencoders_and_images_are_one_line(inputs, tmp_path, capsys):
         *bar, error = capsys.readouterr().err.splitlines()
         assert not any("Traceback" in line for line in bar)
         assert error == "error: image 3 of column 'image' cannot be read: it has 10x10 pixels, the first one 8x8"
+
+
+def test_photographs_are_turned_as_their_camera_says(tmp_path):
+    """Read one by one, and all at once."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 8), dtype=np.uint8)
+    (tmp_path / "train").mkdir()
+    for i, values in enumerate(pixels):
+        exif = Picture.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # a quarter to the right
+        Picture.fromarray(values).save(tmp_path / f"train/{i}.png", exif=exif)
+    images = load_images(DataConfig(str(tmp_path), label_column=None), 1)
+    expected = torch.from_numpy(np.rot90(pixels, -1, (1, 2)).copy())[:, None].float() / 127.5 - 1
+    assert torch.equal(as_tensors(images)[0], expected) and torch.equal(images[2][0], expected[2])
 
 
 def test_command_line(inputs, tmp_path, capsys):
