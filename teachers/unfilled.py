@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 # at most.
 MAKERS = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.arange)
 TABLES = 2**22
+LEAST = 1000  # values that a tensor counts as at least: a hundred thousand tiny ones take seconds to make
 
 
 class Unfilled(TorchFunctionMode):
@@ -22,7 +23,7 @@ class Unfilled(TorchFunctionMode):
         self.left = 2 * size + TABLES
 
     def count(self, values: int) -> None:
-        self.left -= values
+        self.left -= max(values, LEAST)
         if self.left < 0:
             raise ValueError("its config describes a network far larger than its weights")
 
