@@ -205,7 +205,7 @@ def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """As ``datasets`` decodes it: turned as its EXIF data say."""
+    """As ``datasets`` decodes it: turned as its EXIF data say. One that is not turned is not decoded yet."""
     return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation) is not None else image
 
 

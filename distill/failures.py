@@ -1,6 +1,5 @@
 """When one of several processes fails, all of them end soon, and the first error is the only one that is printed."""
 
-import json
 import os
 import socket
 import sys
@@ -13,7 +12,8 @@ import psutil
 import torch.distributed as dist
 
 KEY = "distill/first_failure"
-PROCESS, ENDED = "distill/process", "distill/ended"  # of each rank: its process, and whether it has ended by itself
+PROCESSES = "distill/processes"  # of each machine: a line with rank and process id for each process
+ENDED = "distill/ended"  # of each rank: there once it has ended by itself
 GRACE = 10.0  # seconds in which a process that waits for a failed one may end by itself
 
 
@@ -26,20 +26,19 @@ class Watch:
     """
 
     def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.here = dist.get_rank(), f"{PROCESSES}/{machine()}"
         self.store = dist.distributed_c10d._get_default_store().clone()
         self.lock, self.asked = threading.Lock(), False
-        self.store.set(f"{PROCESS}/{self.rank}", json.dumps([machine(), os.getpid()]))
+        self.store.append(self.here, f"{self.rank} {os.getpid()}\n")
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
-        missing: dict[int, int] = {}  # by rank, for how many seconds
+        missing: set[int] = set()
         try:
             while not self.store.check([KEY]):
-                for rank in set(range(self.world)) - {self.rank}:
-                    missing[rank] = missing.get(rank, 0) + 1 if self.is_missing(rank) else 0
-                    if missing[rank] == 2:  # what it said last may still be on its way
-                        report_error(f"process {rank} was killed, as the system does when memory runs out", self)
+                before, missing = missing, self.missing()
+                for rank in missing & before:  # twice: what it said last may have been on its way
+                    report_error(f"process {rank} was killed, as the system does when memory runs out", self)
                 time.sleep(1)
         except RuntimeError:
             pass  # the process that held the store is gone
@@ -47,13 +46,11 @@ class Watch:
         sys.stdout.flush()
         os._exit(1)
 
-    def is_missing(self, rank: int) -> bool:
-        """Whether a process that was on this machine is not there any more, and has not said that it would end."""
-        process, ended = f"{PROCESS}/{rank}", f"{ENDED}/{rank}"
-        if not self.store.check([process]) or self.store.check([ended]):  # to get what is not there would wait for it
-            return False
-        where, pid = json.loads(self.store.get(process))
-        return where is not None and where == machine() and has_ended(pid)
+    def missing(self) -> set[int]:
+        """The other ranks of this machine whose process is not there any more, and has not said that it would end."""
+        processes = [line.split() for line in self.store.get(self.here).decode().splitlines()]
+        gone = {int(rank) for rank, pid in processes if has_ended(int(pid))}
+        return {rank for rank in gone - {self.rank} if not self.store.check([f"{ENDED}/{rank}"])}
 
     def end(self) -> None:
         """Say that this process ends by itself."""
@@ -75,17 +72,16 @@ class Watch:
             return False
 
 
-def machine() -> str | None:
-    """Where process ids are those of this process: one machine, or one container of it. ``None`` if those that can be seen
-    are of another one.
+def machine() -> str:
+    """Where process ids are those of this process: one machine, or one container of it; or, if those that can be seen are of
+    another one, this process alone.
     """
     proc = Path("/proc/self")
     if not proc.exists():
         return socket.gethostname()
-    if os.readlink(proc) != str(os.getpid()):
-        return None
     boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.stat(proc / "ns/pid").st_ino
-    return f"{socket.gethostname()} {boot} {namespace}"
+    own = [] if os.readlink(proc) == str(os.getpid()) else [f"rank {dist.get_rank()}"]
+    return " ".join([socket.gethostname(), boot, str(namespace), *own])
 
 
 def has_ended(pid: int) -> bool:

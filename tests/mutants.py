@@ -339,11 +339,11 @@ def diffusers_targets(folder: Path, command: str) -> dict[str, Target]:
         "scheduler": Target(scheduler, load("ddpm"), changed(scheduler, json.loads(scheduler.read_text()), numbers),
                             damage_json, 20),
     }  # fmt: skip
-    for name, place in networks.items():
-        config = folder / place / "config.json"
+    for name, path in networks.items():
+        config = path / "config.json"
         sizes = changed(config, json.loads(config.read_text()), numbers)
-        targets[f"{name} config"] = Target(config, load(Path(place).parent.name), [*sizes, DEEP_JSON, b""], damage_json, 20)
-    (weights,) = (folder / "ddpm/unet").glob("*.safetensors")
+        targets[f"{name} config"] = Target(config, load(path.parent.name), [*sizes, DEEP_JSON, b""], damage_json, 20)
+    (weights,) = networks["UNet2DModel"].glob("*.safetensors")
     targets["UNet2DModel"] = Target(weights, load("ddpm"), headers(weights.read_bytes()), damage_safetensors, 15)
     return targets
 
