@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from distill.device import PRECISIONS
-from distill.schedule import INTERMEDIATE_TIMES
+from distill.schedule import INTERMEDIATE_TIMES, student_times
 
 # Of a recipe's file, and of its values with every alias written out.
 MAX_BYTES, MAX_CHARACTERS = 100_000, 1_000_000
@@ -166,6 +166,8 @@ class Recipe:
     guidance_scale: float | list[float] = 1.0
     guidance_interval: list[float] | None = None  # TrigFlow times [low, high]
     guidance_teacher: str | None = None  # the network to guide away from; null: the teacher with its null class
+    # The student's sampling times after t_max by number of steps, {4: [1.1, 0.8, 0.4]}, where the defaults are not wanted.
+    intermediate_times: dict[int, list[float]] = field(default_factory=dict)
     tangent: TangentConfig = field(default_factory=TangentConfig)
     segments: SegmentConfig | None = None
     target_half_life_images: float | None = None  # targets are made by an EMA of the student; null: by the student itself
@@ -197,6 +199,10 @@ class Recipe:
     report_to: str | None = None  # tensorboard or wandb; the JSONL log is always written
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     notes: str | None = None  # printed by --check, for example that a recipe was never run here
+
+    def sampling_times(self, num_inference_steps: int) -> list[float]:
+        """At which the student samples in so many steps, in radians."""
+        return student_times(num_inference_steps, self.sigma_data, self.intermediate_times.get(num_inference_steps))
 
     @property
     def needs_velocity(self) -> bool:
@@ -355,7 +361,7 @@ def merge(base: dict, values: dict) -> dict:
 
 
 def set_dotted(values: dict, key: str, value) -> None:
-    *parents, last = key.split(".")
+    *parents, last = (int(part) if part.isdecimal() else part for part in key.split("."))
     for parent in parents:
         values[parent] = dict(values[parent]) if isinstance(values.get(parent), dict) else {}
         values = values[parent]
@@ -438,6 +444,7 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     if not 0 <= recipe.seed < 2**63:
         raise ValueError(f"{where}: seed must be from 0 to 2^63 - 1, got {recipe.seed}")
     check_targets(recipe, where)
+    check_intermediate_times(recipe, where)
     check_lora(recipe, where)
     check_vsd(recipe, where)
     interval = recipe.guidance_interval
@@ -470,6 +477,17 @@ def check_consistency(recipe: Recipe, where: str) -> None:
     for key in ("validation_samples", "search_samples"):
         if 0 < getattr(e, key) < MINIMUM_SAMPLES:
             raise ValueError(f"{where}: evaluation.{key} must be 0 or at least {MINIMUM_SAMPLES}, got {getattr(e, key)}")
+
+
+def check_intermediate_times(recipe: Recipe, where: str) -> None:
+    """Numbers of steps that there are, with as many times as they need."""
+    if recipe.is_diffusion and recipe.intermediate_times:
+        raise ValueError(f"{where}: intermediate_times are a student's; remove them")
+    for steps in recipe.intermediate_times:
+        try:
+            recipe.sampling_times(steps)
+        except ValueError as error:
+            raise ValueError(f"{where}: intermediate_times[{steps}]: {error}") from None
 
 
 def check_lora(recipe: Recipe, where: str) -> None:
@@ -601,6 +619,8 @@ def describe(hint) -> str:
         return " or ".join(describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"a list, each item {describe(*typing.get_args(hint))}"
+    if typing.get_origin(hint) is dict:
+        return "a mapping of {} to {}".format(*(describe(part) for part in typing.get_args(hint)))
     if dataclasses.is_dataclass(hint):
         return "a mapping"
     return WORDS.get(hint, hint.__name__)
@@ -623,6 +643,10 @@ def parse_value(hint, value, where: str, key: str):
     elif typing.get_origin(hint) is list and isinstance(value, list):
         (item,) = typing.get_args(hint)
         return [parse_value(item, v, where, f"{key}[{i}]") for i, v in enumerate(value)]
+    elif typing.get_origin(hint) is dict and isinstance(value, dict):
+        name, item = typing.get_args(hint)
+        keys = [parse_value(name, n, where, f"a key of {key}") for n in value]
+        return {n: parse_value(item, v, where, f"{key}[{n}]") for n, v in zip(keys, value.values(), strict=True)}
     elif hint is float and not isinstance(value, bool):
         value = number(value) if isinstance(value, str) else value
         if isinstance(value, int | float) and abs(value) < MAX_NUMBER:

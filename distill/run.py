@@ -50,7 +50,6 @@ from distill.recipe_networks import (
     time_warnings,
 )
 from distill.sampling import count_evaluations, device_of, generate, search_times
-from distill.schedule import student_times
 from distill.text_pipeline import is_text_network
 from distill.trainer import (
     Trainer,
@@ -149,10 +148,10 @@ def search_sampling_times(recipe: Recipe, model: Model, prompts: Prompts | None)
 
     found = {}
     for n in e.num_inference_steps:
-        start = student_times(n, recipe.sigma_data)
+        start = recipe.sampling_times(n)
         found[str(n)], best = search_times(score, start)
         print(f"{n} steps: sampling times {[round(t, 3) for t in found[str(n)]]}, {reference.extractor.name}-FD {best:.3g}")
-    model.config["sampling"] = found
+    model.config["sampling"] = model.config.get("sampling", {}) | found
 
 
 def report(recipe: Recipe, trained: Model, teacher: Teacher | None, prompts: Prompts | None) -> dict[str, dict]:

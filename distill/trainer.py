@@ -657,7 +657,8 @@ class Trainer:
         r = self.recipe
         batches = generate(
             self.student, r.evaluation.validation_samples, num_inference_steps=steps, role="student", seed=r.seed,
-            batch_size=r.evaluation.batch_size, guidance=self.validation_guidance, labels=self.prompts,
+            batch_size=r.evaluation.batch_size, times=r.sampling_times(steps), guidance=self.validation_guidance,
+            labels=self.prompts,
         )  # fmt: skip
         return self.reference.frechet_distance(batches)
 
@@ -670,7 +671,7 @@ class Trainer:
             return list(next(samples)[0].split(10))
         return [
             next(generate(self.student, 10, num_inference_steps=n, role="student", seed=self.recipe.seed,
-                          guidance=self.validation_guidance, labels=self.prompts))[0]
+                          times=self.recipe.sampling_times(n), guidance=self.validation_guidance, labels=self.prompts))[0]
             for n in (1, 2, 4)
         ]  # fmt: skip
 
@@ -700,6 +701,8 @@ def trained_model(trainer: Trainer) -> Model:
             training["guidance_teacher"] = recipe.guidance_teacher
         if trainer.license is not None:
             training["license"] = trainer.license
+    if recipe.intermediate_times:
+        extra["sampling"] = {str(steps): recipe.sampling_times(steps) for steps in recipe.intermediate_times}
     role = "teacher" if recipe.is_diffusion else "student"
     if is_registered(network.native):
         return Model(network, model_config(network, role, **extra))

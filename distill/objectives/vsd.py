@@ -22,7 +22,6 @@ from distill.noise import draw
 from distill.objectives.scm import AdaptiveWeighting, Loss, mean_square, sample_guidance, weighted_loss
 from distill.recipe import Recipe
 from distill.sampling import consistency_sample
-from distill.schedule import student_times
 from distill.transfer import to_device
 from teachers import Teacher
 from teachers.condition import Condition
@@ -115,7 +114,7 @@ def generate_samples(
     taken first.
     """
     sd = recipe.sigma_data
-    times = student_times(choose(recipe.vsd.step_counts, generator), sd)
+    times = recipe.sampling_times(choose(recipe.vsd.step_counts, generator))
     last = choose(range(len(times)), generator)
 
     def noise() -> Tensor:

@@ -336,14 +336,15 @@ def test_python_api_trains_and_exports(make_teacher, tmp_path, digits):
     model.train(
         "recipes/mnist.yaml", max_train_steps=2, train_batch_size=4, output_dir=str(tmp_path / "run"),
         evaluation__num_samples=50, evaluation__teacher_steps=0, evaluation__num_inference_steps=[1, 2],
-        evaluation__search_samples=50, data=digits,
+        evaluation__search_samples=50, data=digits, intermediate_times={4: [1.1, 0.8, 0.4]},
     )  # fmt: skip
     assert model.role == "student" and model.config["metrics"].keys() == {"this run, 1 step", "this run, 2 steps"}
     model.export(tmp_path / "pipeline")
     assert (tmp_path / "pipeline/model_index.json").is_file()
-    # The searched times are in every form the student takes, and are what it samples at.
+    # The searched times, and the recipe's, are in every form the student takes, and are what it samples at.
     times = model.config["sampling"]["2"]
     default = student_times(2, model.network.sigma_data)
+    assert model.config["sampling"]["4"] == [default[0], 1.1, 0.8, 0.4]
     assert times[0] == default[0] and 0 < times[1] < times[0]
     saved = distill.from_pretrained(tmp_path / "run")
     exported = distill.from_pretrained(tmp_path / "pipeline")

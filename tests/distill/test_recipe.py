@@ -111,6 +111,11 @@ def test_an_unquoted_no_is_the_word():
             {"segments": {"everywhere_share": 0.75, "tangent_share": 0.3}, "target_half_life_images": 9.0},
             "tangent_share must be from 0 to 0.25, what everywhere_share leaves, got 0.3",
         ),
+        ({"intermediate_times": [1.1]}, "intermediate_times must be a mapping of an integer to a list, each item a number"),
+        ({"intermediate_times": {"two": [1.1]}}, "a key of intermediate_times must be an integer, got 'two'"),
+        ({"intermediate_times": {9: [1.1]}}, r"intermediate_times\[9\]: num_inference_steps must be 1 to 8, got 9"),
+        ({"intermediate_times": {4: [1.1]}}, r"intermediate_times\[4\]: 4 steps need 3 intermediate times, got \[1.1\]"),
+        ({"intermediate_times": {3: [0.5, 1.1]}}, r"intermediate_times\[3\]: sampling times must decrease within"),
         ({"target_half_life_images": 0.0}, "target_half_life_images must be positive"),
         ({"data": {"split": "train"}}, "the key data.source is missing"),
     ],
@@ -119,6 +124,15 @@ def test_mistakes_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_recipe({**MINIMAL, **change}, "recipe.yaml")
     assert str(error.value).startswith("recipe.yaml: ") and "\n" not in str(error.value)
+
+
+def test_intermediate_times_are_of_a_number_of_steps():
+    recipe = load_recipe("mnist.yaml", parse_overrides(["intermediate_times.4=[1.1, 0.8, 0.4]"]))
+    assert recipe.sampling_times(4) == [recipe.sampling_times(1)[0], 1.1, 0.8, 0.4]
+    assert recipe.sampling_times(2) == load_recipe("mnist.yaml").sampling_times(2)
+    diffusion = {**MINIMAL, "objective": "diffusion", "intermediate_times": {2: [1.1]}}
+    with pytest.raises(ValueError, match="intermediate_times are a student's; remove them"):
+        parse_recipe(diffusion, "recipe.yaml")
 
 
 def keys_of(config, prefix=""):

@@ -1,5 +1,6 @@
 """Variational score distillation against Gaussians, whose scores and distances are known."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -117,6 +118,15 @@ def test_of_several_numbers_of_steps_each_has_its_own_times():
     assert {round(t, 4) for t in seen} == {round(t, 4) for t in (first, *later, *student_times(2, SD))}
     share = sum(t == pytest.approx(first) for t in seen) / len(seen)
     assert share == pytest.approx((1 + 1 / 2 + 1 / 4) / 3, abs=0.12)
+
+
+def test_simulated_samples_have_the_times_of_the_recipe():
+    student, seen = wrap(ExactGaussian(True, 0.3)), set()
+    parsed = dataclasses.replace(recipe(steps=3), intermediate_times={3: [1.0, 0.5]})
+    record = lambda x, t, *condition: seen.add(round(t[0].item(), 4)) or student(x, t, *condition)  # noqa: E731
+    for seed in range(12):
+        generate_samples(record, student, parsed, X0[:1].shape, None, None, noise(seed), X0.device)
+    assert seen == {round(student_times(1, SD)[0], 4), 1.0, 0.5}
 
 
 def test_the_fake_score_follows_the_samples():
