@@ -15,6 +15,9 @@ from teachers.networks.flash_attention import fits_flash_attention, flash_attend
 # Whether tangents record a graph of their own, in a dictionary because torch.compile stops at a context variable.
 TANGENTS = {"differentiable": True}
 
+# In which dtype tangent and gradient of a convolution are computed, if not in that of its weights; likewise.
+DERIVATIVES: dict[str, torch.dtype | None] = {"dtype": None}
+
 
 @contextmanager
 def constant_tangents() -> Iterator[None]:
@@ -94,12 +97,41 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tens
     PyTorch's own rule adds a third one, of ``x`` with a tangent of zeros for the weights.
     """
     primal, tangent = fwAD.unpack_dual(x)
-    out = F.conv2d(primal, weight, bias, padding=padding)
     if tangent is None:
-        return out
+        return F.conv2d(primal, weight, bias, padding=padding)
+    dtype = DERIVATIVES["dtype"]
+    if dtype is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        out = F.conv2d(primal, weight, bias, padding=padding)
+    else:
+        out = RoundedGradientConv2d.apply(primal, weight, bias, padding, dtype)
     with tangent_mode():
-        t_out = F.conv2d(tangent, weight, padding=padding)
+        if dtype is not None:
+            tangent, weight = tangent.to(dtype), weight.to(dtype)
+        t_out = F.conv2d(tangent, weight, padding=padding).to(out.dtype)
     return fwAD.make_dual(out, t_out)
+
+
+class RoundedGradientConv2d(torch.autograd.Function):
+    """A convolution in the dtype of its weights whose gradient is that of inputs and weights rounded to another."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, dtype: torch.dtype) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias, ctx.padding, dtype = inputs
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.save_for_backward(x.to(dtype), weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        one, padding, needed = [1, 1], [ctx.padding] * 2, ctx.needs_input_grad[:3]
+        found = torch.ops.aten.convolution_backward(
+            grad.to(x.dtype), x, weight.to(x.dtype), ctx.bias_sizes, one, padding, one, False, [0, 0], 1, needed
+        )
+        return (*(None if g is None else g.to(weight.dtype) for g in found), None, None)
 
 
 class DualLinear(nn.Linear):
@@ -141,6 +173,20 @@ def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
         return layer(x, **options)
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.to(layer.weight.dtype), **options)
+
+
+def unrounded_value(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, :func:`unrounded` where ``x`` has a tangent; tangent and gradient are rounded all the same, if ``layer``
+    calls :func:`conv2d`. A rounded value moves the point at which all later layers are differentiated, they do not.
+    """
+    if not has_tangent(x):
+        return layer(x)
+    kind, before = x.device.type, DERIVATIVES["dtype"]
+    DERIVATIVES["dtype"] = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    try:
+        return unrounded(layer, x)
+    finally:
+        DERIVATIVES["dtype"] = before
 
 
 class Exact:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, has_tangent
-from teachers.networks.song_unet import Conv2d, Linear, unrounded
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, unrounded, unrounded_value
+from teachers.networks.song_unet import Conv2d, Linear
 from teachers.networks.unet_plan import unet_plan
 
 
@@ -68,7 +68,7 @@ class OpenAIResBlock(nn.Module):
         return y + (x if isinstance(self.skip_connection, nn.Identity) else unrounded(self.skip_connection, x))
 
     def convolve(self, layer: Conv2d, x: Tensor) -> Tensor:
-        return unrounded(layer, x) if self.exact and has_tangent(x) else layer(x)
+        return unrounded_value(layer, x) if self.exact else layer(x)
 
 
 class OpenAIAttention(nn.Module):

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import teachers
 from distill.jvp import ForwardModeError, check_jvp, jvp, record_rng, replay_rng
 from distill.trigflow import expand
-from teachers.networks.layers import DualLinear, silu
+from teachers.networks.layers import DualLinear, silu, unrounded_value
+from teachers.networks.song_unet import Conv2d
 
 
 def rearranged(teacher, time, batch_size=4):
@@ -226,6 +227,30 @@ def test_elsewhere_the_derivative_of_a_linear_layer_can_be_differentiated_by_its
         return torch.func.jvp(lambda x: silu(torch.func.functional_call(layer, parameters, (x,))), (x,), (x.cos(),))[1]
 
     assert torch.autograd.gradcheck(projected, weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"down": True}])
+def test_a_value_without_rounding_has_the_tangent_and_the_gradient_of_autocast(options):
+    layer = Conv2d(3, 5, kernel=3, **options)
+    layer.bias.data.normal_()
+    x, v = torch.randn(2, 2, 3, 8, 8).unbind()
+    x.requires_grad_()
+
+    def gradients(y):
+        return torch.autograd.grad(y.float().square().sum(), (x, layer.weight, layer.bias))
+
+    wide = gradients(layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, dy = jvp(lambda x: unrounded_value(layer, x), (x,), (v,), keep_graph=True)
+        exact, _ = jvp(lambda x: unrounded_value(layer, x), (x,), (v,))
+        without = unrounded_value(layer, x)
+        tangent = layer(v) - layer(torch.zeros_like(v))
+        found = gradients(y)
+    assert y.dtype == dy.dtype == torch.float32 and torch.equal(y, layer(x)) and torch.equal(y, exact)
+    assert without.dtype == torch.bfloat16
+    torch.testing.assert_close(dy, tangent.float(), rtol=0, atol=0.05)
+    for rounded, expected in zip(found, wide, strict=True):
+        assert rounded.dtype == torch.float32 and 0 < ((rounded - expected).norm() / expected.norm()).item() < 1e-2
 
 
 def test_checkpointing_is_passed():
