@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from functools import cache
 
 import diffusers
@@ -270,9 +271,10 @@ class HostCopies(TorchFunctionMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["pixart-alpha", "sd3", "sana", "auraflow", "wan"])
-def test_a_guided_evaluation_copies_nothing_to_the_device(saved, name):
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lumina2", "qwen")])
+def test_a_guided_evaluation_copies_nothing_to_the_device(saved, name, monkeypatch):
     """Neither sizes, nor the table of the noise schedule, nor the null prompt: the host would wait for what is queued."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device has not
     teacher = copy.deepcopy(saved(name)[3].at_sample_shape(SHAPES.get(name, (4, 8, 8)))).guided_by(2.0).to("meta")
     x, t = torch.empty(2, *teacher.sample_shape, device="meta"), torch.empty(2, device="meta")
     given = prompts(teacher, 2).to("meta")
