@@ -27,6 +27,7 @@ def sample(options: argparse.Namespace) -> None:
         options.num, options.steps, labels, options.seed, options.guidance_scale, options.batch_size, progress=True,
         solver=options.solver, guidance_teacher=options.guidance_teacher, prompts=options.prompts, vae=options.vae,
         normalization=options.normalization, mixed_precision=options.mixed_precision,
+        intermediate_times=options.intermediate_times,
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.out.suffix.lower() == ".png":
@@ -65,18 +66,18 @@ def check_folder(folder: Path, what: str) -> None:
 def evaluate(options: argparse.Namespace) -> None:
     """Metrics of a model, printed and optionally written as JSON."""
     from distill.evaluation import format_table
-    from distill.model import DEFAULT_STEPS, from_pretrained
+    from distill.model import from_pretrained
     from teachers.pretrained import write_atomically
 
     if options.out is not None:
         check_folder(options.out.parent, f"--out {options.out}")
     model = from_pretrained(options.source, options.device)
-    steps = DEFAULT_STEPS[model.role] if options.steps is None else options.steps
+    steps = model.number_of_steps(options.steps, options.intermediate_times)
     scores = model.evaluate(
         options.num, steps, options.features, options.data, options.seed, progress=True,
         guidance_scale=options.guidance_scale, guidance_teacher=options.guidance_teacher, prompts=options.prompts,
         vae=options.vae, normalization=options.normalization, batch_size=options.batch_size, solver=options.solver,
-        mixed_precision=options.mixed_precision,
+        mixed_precision=options.mixed_precision, intermediate_times=options.intermediate_times,
     )  # fmt: skip
     print(format_table({f"{options.source}, {steps} step{'s' * (steps != 1)}": scores}))
     if options.out is not None:
@@ -280,6 +281,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def add_steps_and_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="student: evaluations (2); teacher: Heun steps (18, 35 NFE)")
+    times = "of a student: its times after the first step, in radians, as 1.1 0.8 0.4 (its own)"
+    parser.add_argument("--intermediate-times", type=float, nargs="+", metavar="T", help=times)
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -13,6 +13,7 @@ from distill.latents import Decoder
 from distill.prompts import Prompts
 from distill.recipe import MINIMUM_SAMPLES, load_recipe
 from distill.sampling import device_of, generate
+from distill.schedule import student_times
 from teachers import Teacher
 from teachers.condition import Condition
 from teachers.networks import is_registered
@@ -76,6 +77,7 @@ class Model:
         vae: str | Path | Decoder | None = None,
         normalization: str = "vae",
         mixed_precision: str = "no",
+        intermediate_times: list[float] | None = None,
     ) -> Tensor:
         """``(num, C, H, W)`` fp32 on the CPU: images in [-1, 1]; of a model of latents, without a ``vae``, latents as they
         are. Image ``i`` depends on ``seed`` and ``i`` only, not on the batch size.
@@ -97,13 +99,15 @@ class Model:
             normalization: of these latents, as in ``distill precompute latents``: edm2, scm, sd, or vae, which is what the
                 autoencoder's config says.
             mixed_precision: ``bf16`` to evaluate the network in it, for devices that have bf16 units.
+            intermediate_times: of a student, its sampling times after ``t_max`` in radians, one fewer than steps; by
+                default its own, or :data:`distill.schedule.INTERMEDIATE_TIMES`.
 
         Raises:
-            FileNotFoundError, ValueError: bad numbers of steps, labels, prompts or guidance, or a bad autoencoder.
+            FileNotFoundError, ValueError: bad numbers of steps, times, labels, prompts or guidance, or a bad autoencoder.
         """
         batches = self.generate(
             num, num_inference_steps, labels, seed, guidance_scale, batch_size, progress, solver, guidance_teacher,
-            prompts, vae, normalization, mixed_precision,
+            prompts, vae, normalization, mixed_precision, intermediate_times,
         )  # fmt: skip
         return torch.cat([images.cpu() for images, _ in batches])
 
@@ -137,11 +141,12 @@ class Model:
     def generate(
         self, num, num_inference_steps=None, labels=None, seed=0, guidance_scale=None, batch_size=250, progress=False,
         solver="heun", guidance_teacher=None, prompts=None, vae=None, normalization="vae", mixed_precision="no",
+        intermediate_times=None,
     ) -> Iterator[tuple[Tensor, Condition | None]]:  # fmt: skip
         """:meth:`sample` as an iterator over batches of images and labels. Arguments are checked before the first one."""
         decoder = None if vae is None else self.decoder(vae, normalization)
-        steps = DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
-        times = self.config.get("sampling", {}).get(str(steps))
+        steps = self.number_of_steps(num_inference_steps, intermediate_times)
+        times = self.sampling_times(steps, intermediate_times)
         network = self.guided(guidance_scale, guidance_teacher)
         if prompts is not None:
             network, labels = self.prompted(network, prompts, labels)
@@ -152,6 +157,20 @@ class Model:
         )  # fmt: skip
         progress_bar = {"total": num, "desc": f"{self.role}, {steps} steps", "unit": "image", "disable": not progress}
         return self.decoded(batches, decoder, progress_bar)
+
+    def number_of_steps(self, num_inference_steps: int | None, intermediate_times: list[float] | None = None) -> int:
+        """What was asked for, or what the times amount to, or the default."""
+        if num_inference_steps is None and intermediate_times is not None:
+            return len(numbers(intermediate_times)) + 1
+        return DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
+
+    def sampling_times(self, num_inference_steps: int, intermediate_times: list[float] | None) -> list[float] | None:
+        """A student's times in radians that were asked for, or found for it; ``None`` for the defaults."""
+        if intermediate_times is None:
+            return self.config.get("sampling", {}).get(str(num_inference_steps))
+        if self.role == "teacher":
+            raise ValueError("intermediate_times are a student's; a teacher has a solver")
+        return student_times(num_inference_steps, self.network.sigma_data, numbers(intermediate_times))
 
     @staticmethod
     def decoded(batches: Iterator, decoder: Decoder | None, progress_bar: dict) -> Iterator[tuple[Tensor, Condition | None]]:
@@ -195,12 +214,13 @@ class Model:
         batch_size: int = 250,
         solver: str = "heun",
         mixed_precision: str = "no",
+        intermediate_times: list[float] | None = None,
     ) -> dict:
         """Scores of ``num`` samples against ``data``, with the real-against-real floor; see ``distill.evaluation``.
 
         ``features`` are by default those of the MNIST classifier for MNIST, else pooled pixels; guidance, solver, prompts,
-        precision and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded; how
-        well they follow their prompts is not measured.
+        precision, times and autoencoder are those of :meth:`sample`. Samples of a model of latents are scored once decoded;
+        how well they follow their prompts is not measured.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`sample`; fewer than 50 samples; latents without an autoencoder.
@@ -217,7 +237,7 @@ class Model:
         batches = self.generate(
             num, num_inference_steps, seed=seed, progress=progress, guidance_scale=guidance_scale,
             guidance_teacher=guidance_teacher, prompts=prompts, vae=decoder, batch_size=batch_size,
-            solver=solver, mixed_precision=mixed_precision,
+            solver=solver, mixed_precision=mixed_precision, intermediate_times=intermediate_times,
         )  # fmt: skip
         # What is asked of the model has been checked by now; nothing has been drawn yet.
         reference = build_reference(data, features, channels, label_column=label_column)
@@ -231,6 +251,17 @@ class Model:
         from distill.export import export  # diffusers is slow to import, and sampling does not need it
 
         return export(self.network, folder, self.config, format, vae, pipeline, normalization)
+
+
+def numbers(values) -> list[float]:
+    """A list of plain numbers.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(values, list | tuple) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return list(values)
+    raise ValueError(f"intermediate_times must be a list of numbers, got {values!r}")
 
 
 def has_no_velocity(student: str) -> str:

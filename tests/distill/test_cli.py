@@ -59,6 +59,24 @@ def test_numbers_of_samples_and_steps_are_whole(model):
     assert len(distill.from_pretrained(model).sample(np.int64(2))) == 2
 
 
+def test_a_student_is_sampled_at_given_times(model, tmp_path):
+    out, student = tmp_path / "samples.npz", distill.from_pretrained(model)
+    assert cli.main(["sample", model, "--num", "3", "--intermediate-times", "0.9", "0.4", "--out", str(out)]) == 0
+    times = student_times(3, student.network.sigma_data, [0.9, 0.4])
+    expected, _ = next(generate(student.network, 3, num_inference_steps=3, role="student", times=times))
+    assert torch.equal(student.sample(3, intermediate_times=[0.9, 0.4]), expected)
+    with np.load(out) as samples:
+        assert np.array_equal(samples["images"], ((expected + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    for steps, wrong, message in (
+        (2, [0.9, 0.4], "2 steps need 1 intermediate times"), (None, 1.1, "must be a list of numbers, got 1.1"),
+        (None, [0.4, 0.9], "must decrease"), (None, [0.1] * 8, "must be 1 to 8, got 9"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            student.sample(3, steps, intermediate_times=wrong)
+    with pytest.raises(ValueError, match="intermediate_times are a student's"):
+        distill.from_pretrained("mnist-edm").sample(2, 3, intermediate_times=[1.1, 0.4])
+
+
 def test_sample_arrays(model, tmp_path):
     out = tmp_path / "samples.npz"
     assert cli.main(["sample", model, "--num", "7", "--out", str(out)]) == 0
