@@ -158,14 +158,22 @@ class Model:
         progress_bar = {"total": num, "desc": f"{self.role}, {steps} steps", "unit": "image", "disable": not progress}
         return self.decoded(batches, decoder, progress_bar)
 
-    def number_of_steps(self, num_inference_steps: int | None, intermediate_times: list[float] | None = None) -> int:
-        """What was asked for, or what the times amount to, or the default."""
+    def number_of_steps(self, num_inference_steps: int | None, intermediate_times: list[float] | None) -> int:
+        """What was asked for, or one more than the times, or the default.
+
+        Raises:
+            ValueError: times that are no list of numbers.
+        """
         if num_inference_steps is None and intermediate_times is not None:
             return len(numbers(intermediate_times)) + 1
         return DEFAULT_STEPS[self.role] if num_inference_steps is None else num_inference_steps
 
     def sampling_times(self, num_inference_steps: int, intermediate_times: list[float] | None) -> list[float] | None:
-        """A student's times in radians that were asked for, or found for it; ``None`` for the defaults."""
+        """A student's times in radians, ``t_max`` first: those asked for, or its own; ``None`` for the defaults.
+
+        Raises:
+            ValueError: times for a teacher, or that do not decrease or do not fit the number of steps.
+        """
         if intermediate_times is None:
             return self.config.get("sampling", {}).get(str(num_inference_steps))
         if self.role == "teacher":

@@ -361,6 +361,7 @@ def merge(base: dict, values: dict) -> dict:
 
 
 def set_dotted(values: dict, key: str, value) -> None:
+    # Numbers of steps are keys too, in intermediate_times.
     *parents, last = (int(part) if part.isdecimal() else part for part in key.split("."))
     for parent in parents:
         values[parent] = dict(values[parent]) if isinstance(values.get(parent), dict) else {}

@@ -15,7 +15,8 @@ from teachers.networks.flash_attention import fits_flash_attention, flash_attend
 # Whether tangents record a graph of their own, in a dictionary because torch.compile stops at a context variable.
 TANGENTS = {"differentiable": True}
 
-# In which dtype tangent and gradient of a convolution are computed, if not in that of its weights; likewise.
+# In which dtype :func:`conv2d` computes tangents, and the gradients of what has one, if not in that of its weights; a
+# dictionary for the same reason. Set by :func:`unrounded_value`.
 DERIVATIVES: dict[str, torch.dtype | None] = {"dtype": None}
 
 
@@ -176,8 +177,11 @@ def unrounded(layer: nn.Module, x: Tensor, **options) -> Tensor:
 
 
 def unrounded_value(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, :func:`unrounded` where ``x`` has a tangent; tangent and gradient are rounded all the same, if ``layer``
-    calls :func:`conv2d`. A rounded value moves the point at which all later layers are differentiated, they do not.
+    """``layer(x)``; where ``x`` has a tangent, :func:`unrounded`, but for the tangent itself and the gradient of a layer
+    that calls :func:`conv2d`: these are in autocast's dtype.
+
+    Later layers are differentiated at the value, so its rounding changes their derivatives. The tangent goes through them
+    linearly.
     """
     if not has_tangent(x):
         return layer(x)

@@ -225,7 +225,8 @@ class SongUNet(nn.Module):
             attention = place.kind == "block" and place.resolution in attn_resolutions
             down = place.kind == "down"
             # In a derivative every later layer amplifies what is rounded here: in bf16 the encoder's convolutions, about a
-            # third of the work, take its error from 1.4 % past 2 %; their tangents alone, to 1.5 %.
+            # third of the work, take its error from 1.4 % past 2 %; their tangents alone, to 1.5 %
+            # (the small network of tests/distill/test_jvp.py).
             self.enc[place.name] = UNetBlock(place.cin, place.cout, down=down, attention=attention, exact=True, **block)
             if down and encoder_type == "residual":
                 self.enc[place.name.replace("down", "aux_residual")] = Conv2d(
