@@ -99,7 +99,9 @@ def probe(teacher: Teacher, images: Tensor | None = None, labels: Condition | No
     if images is not None:  # of itself an untrained network draws what some family takes for denoised
         others += [p for p in PRESETS.values() if p not in (teacher.parameterization, *others)]
     fits = [(other, fit_of_twin(twin, images, labels)) for other, twin in twins(teacher, others)]
-    other, best = min(fits, key=lambda item: (not item[1].denoises, item[1].mean))
+    _, best = min(fits, key=lambda item: (not item[1].denoises, item[1].mean))
+    # Twins that are the same function differ by rounding: of these the first, which has a name.
+    other, best = next(item for item in fits if item[1].denoises == best.denoises and item[1].mean <= 1.001 * best.mean)
     if best.denoises and best.mean * (MUCH_BETTER if own.denoises else BETTER) < own.mean:
         raise ValueError(
             f"{teacher.source or 'this teacher'} denoises badly under its parameterization "
