@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import PositionalEmbedding, TimeEmbedding, attend, conv2d, silu, unrounded
+from teachers.networks.layers import PositionalEmbedding, TimeEmbedding, attend, conv2d, silu, unrounded, upsample_nearest
 from teachers.networks.unet_plan import unet_plan
 
 
@@ -101,7 +101,7 @@ class EDM2Block(nn.Module):
         if self.resample == "down":
             x = F.avg_pool2d(x, 2)
         elif self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = upsample_nearest(x)
         # Only 3x3 convolutions between the blocks' ends are rounded under autocast: with the residual stream and the 1x1
         # convolutions of attention in bf16, the derivative's error is more than twice as large, up to 2 %.
         if self.flavor == "enc":

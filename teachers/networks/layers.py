@@ -55,7 +55,9 @@ class GroupNorm(nn.GroupNorm):
             primal, tangent = fwAD.unpack_dual(wide)
             if tangent is None:
                 weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-                out = F.group_norm(wide, self.num_groups, weight, bias, self.eps)
+                compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
+                group_norm = CompiledGroupNorm.apply if compiled else F.group_norm
+                out = group_norm(wide, self.num_groups, weight, bias, self.eps)
             else:
                 out = self.dual_forward(primal, tangent)
             return out.to(x.dtype)
@@ -72,24 +74,58 @@ class GroupNorm(nn.GroupNorm):
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
         with tangent_mode():
-            t_y = self.tangent(x, t_x, scale, mean.view(-1, 1, 1), rstd.view(-1, 1, 1))
+            t_y = self.tangent(x, t_x, scale, mean, rstd)
         return fwAD.make_dual(y, t_y)
 
     def tangent(self, x: Tensor, t_x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-        """``t_y`` ``(B, C, ...)``; ``mean`` and ``rstd`` are ``(B * num_groups, 1, 1)``."""
+        """``t_y`` ``(B, C, ...)``; ``mean`` and ``rstd`` are ``(B, num_groups)``."""
         b, c, *space = x.shape
-        size = c // self.num_groups * math.prod(space)
-        rows = (b * self.num_groups, 1, size)
-        t_mean = t_x.reshape(rows).mean(2, keepdim=True)
-        product = t_x.reshape(rows) @ x.reshape(rows).mT / size
+        # Sums over space before those over a group's channels, which in channels_last are not one stretch of memory.
+        rows, groups = (b * c, 1, math.prod(space)), (b, self.num_groups, -1)
+        t_mean, product = (
+            z.view(groups).sum(2) * (self.num_groups / x[0].numel())
+            for z in (t_x.reshape(rows).sum(2), t_x.reshape(rows) @ x.reshape(rows).mT)
+        )
         slope = (product - mean * t_mean) * rstd.square()  # mean(x^ t_x) rstd
 
-        channels = (b, self.num_groups, c // self.num_groups, 1)
-        weight = scale.view(1, self.num_groups, -1, 1) * rstd.view(b, -1, 1, 1)
-        offset = (mean * slope - t_mean).view(b, -1, 1, 1).expand(channels)
-        t, v = (z.reshape(*channels[:3], -1) for z in (t_x, x))
-        t_y = torch.addcmul(weight * offset, t, weight).addcmul_(v, -weight * slope.view(b, -1, 1, 1))
-        return t_y.reshape(x.shape)
+        weight = scale.view(1, self.num_groups, -1) * rstd[:, :, None]
+        offset, factor = (of_channels(weight * z[:, :, None], x) for z in (mean * slope - t_mean, -slope))
+        return torch.addcmul(offset, t_x, of_channels(weight, x)).addcmul_(x, factor)
+
+
+class CompiledGroupNorm(torch.autograd.Function):
+    """``torch.nn.functional.group_norm`` with its gradient in the form that :func:`of_channels` is for, which PyTorch's own is
+    not.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        b, c, *space = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, math.prod(space), num_groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """``dx = rstd (w grad - mean(w grad) - x^ mean(w grad x^))`` with ``x^ = (x - mean) rstd`` and means over a group."""
+        x, weight, mean, rstd = ctx.saved_tensors
+        size = x.numel() // mean.numel()
+        mean, rstd, weight = mean[:, :, None], rstd[:, :, None], weight.view(1, mean.shape[1], -1)
+        total, product = (z.reshape(*x.shape[:2], -1).sum(2).view(*mean.shape[:2], -1) for z in (grad, grad * x))
+        product = (product - mean * total) * rstd  # grad x^
+        slope = rstd * (weight * product).sum(2, keepdim=True) / size
+        offset = mean * slope - (weight * total).sum(2, keepdim=True) / size
+        by_grad, by_x, constant = (of_channels(z.expand(total.shape), x) for z in (rstd * weight, -rstd * slope, rstd * offset))
+        return grad * by_grad + x * by_x + constant, None, product.sum(0).flatten(), total.sum(0).flatten(), None
+
+
+def of_channels(coefficients: Tensor, x: Tensor) -> Tensor:
+    """``(B, num_groups, C / num_groups)`` as ``(B, C, 1, ...)``, to multiply ``x`` with. A compiler gets them as a tensor that is
+    computed before: within the loop over ``x`` it would compute all they are made of once per element, and find the group by
+    division, which keeps that loop from being vectorised.
+    """
+    flat = coefficients.contiguous().as_strided(x.shape[:2], (x.shape[1], 1))
+    return flat.view(*x.shape[:2], *[1] * (x.ndim - 2))
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -133,6 +169,23 @@ class RoundedGradientConv2d(torch.autograd.Function):
             grad.to(x.dtype), x, weight.to(x.dtype), ctx.bias_sizes, one, padding, one, False, [0, 0], 1, needed
         )
         return (*(None if g is None else g.to(weight.dtype) for g in found), None, None)
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """``x`` ``(B, C, H, W)`` at twice its resolution, every pixel four times."""
+    primal, tangent = fwAD.unpack_dual(x)
+    if tangent is None:
+        return repeat_pixels(primal)
+    with tangent_mode():
+        t_out = repeat_pixels(tangent)
+    return fwAD.make_dual(repeat_pixels(primal), t_out)
+
+
+def repeat_pixels(x: Tensor) -> Tensor:
+    # On a CPU PyTorch's kernel turns channels_first into channels_last first, which takes several times as long as it does.
+    if x.device.type == "cpu" and x.is_contiguous():
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class DualLinear(nn.Linear):

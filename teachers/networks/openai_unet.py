@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, unrounded, unrounded_value
+from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, unrounded, unrounded_value, upsample_nearest
 from teachers.networks.song_unet import Conv2d, Linear
 from teachers.networks.unet_plan import unet_plan
 
@@ -30,7 +30,7 @@ def halve_or_double(x: Tensor, resample: str | None) -> Tensor:
     """``x`` at half (``"down"``) or twice (``"up"``) its resolution, or itself."""
     if resample == "down":
         return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2, mode="nearest") if resample == "up" else x
+    return upsample_nearest(x) if resample == "up" else x
 
 
 class OpenAIResBlock(nn.Module):

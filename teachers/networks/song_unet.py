@@ -20,6 +20,7 @@ from teachers.networks.layers import (
     silu,
     unrounded,
     unrounded_value,
+    upsample_nearest,
 )
 from teachers.networks.unet_plan import unet_plan
 
@@ -86,7 +87,7 @@ class Conv2d(nn.Module):
     def resample(self, x: Tensor) -> Tensor:
         if self.box:
             # What every released DDPM++ uses: pooling and repetition are the same map, much faster.
-            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
+            return upsample_nearest(x) if self.up else F.avg_pool2d(x, 2)
         taps = self.resample_filter.to(x.dtype).expand(self.in_channels, 1, -1, -1)
         pad = (taps.shape[-1] - 1) // 2
         if self.up:

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ VARIANTS = [
     ("SiT", {"double_norm": True}),
     ("SiT", {"qk_norm": True, "double_norm": True}),
 ]
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
@@ -193,6 +195,28 @@ def test_one_pass_gives_the_gradient_of_the_value_and_a_derivative_without_a_gra
     trained = [p for p in teacher.parameters() if p.requires_grad]
     gradients = [torch.autograd.grad(v.square().sum(), trained, allow_unused=True) for v in (value, call(*inputs))]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+def test_a_compiled_derivative_is_the_same(make_teacher, backend, keep_graph):
+    """Value, tangent and gradients: of the value that came with the tangent if it has a graph, else of the network compiled by
+    itself.
+    """
+    teacher = make_teacher("SongUNet", channel_mult=[1], attn_resolutions=[]).double()
+    (x, t), tangents = rearranged(teacher, 1.0)
+    inputs, tangents = (x.double(), t.double()), tuple(v.double() for v in tangents)
+    trained = [p for p in teacher.parameters() if p.requires_grad]
+    call = lambda x, t: teacher(x, t, LABELS)  # noqa: E731
+
+    def results(backend):
+        value, derivative = jvp(call, inputs, tangents, keep_graph, backend)
+        if not keep_graph:
+            value = (torch.compile(call, backend=backend) if backend else call)(*inputs)
+        return value, derivative, torch.autograd.grad(value.square().sum(), trained, allow_unused=True)
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(results(backend), results(None), rtol=1e-9, atol=1e-9)
 
 
 # Not SiT: the derivative of PyTorch's tangent of layer_norm takes its mean and deviation for constants.

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import teachers
 from distill.jvp import check_jvp
 from teachers.networks import DhariwalUNet, EDM2UNet, LightningDiT, SiT, SongUNet, build, is_registered
-from teachers.networks.layers import GroupNorm
+from teachers.networks.layers import GroupNorm, upsample_nearest
 from teachers.networks.lightning_dit import RotaryEmbedding, SwiGLU
 from teachers.networks.song_unet import Conv2d
 
@@ -305,6 +306,33 @@ def test_group_norm_tangent_has_the_gradient_of_torch():
         loss = y.cos().sum() + tangent.sin().sum()
         gradients.append(torch.autograd.grad(loss, [x, norm.weight, norm.bias]))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 5, 5), (3, 8, 7), (3, 8)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiled_group_norm_has_the_gradient_of_torch(shape, memory_format):
+    norm, plain, *_ = random_group_norm()
+    x = torch.randn(shape, dtype=torch.float64)
+    x = (x.contiguous(memory_format=memory_format) if x.ndim == 4 else x).requires_grad_()
+    graphs = CompileCounterWithBackend("aot_eager")
+    gradients = []
+    for function in (torch.compile(norm, backend=graphs, fullgraph=True), plain):
+        gradients.append(torch.autograd.grad(function(x).cos().sum(), [x, norm.weight, norm.bias]))
+    torch.testing.assert_close(*gradients)
+    assert "autograd_function_apply" in graphs.graphs[0].code  # or the plain one was compared with itself
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_its_tangent_and_gradient_are_those_of_torch(memory_format):
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 3, 8, 5, 4, dtype=torch.float64)
+    x, v = (z.contiguous(memory_format=memory_format).requires_grad_() for z in (x, v))
+    results = []
+    for function in (upsample_nearest, lambda x: F.interpolate(x, scale_factor=2, mode="nearest")):
+        y, tangent = torch.func.jvp(function, (x,), (v,))
+        loss = y.cos().sum() + tangent.sin().sum()
+        results.append((function(x), y, tangent, *torch.autograd.grad(loss, [x, v])))
+    torch.testing.assert_close(*results, rtol=1e-15, atol=0)
 
 
 def test_group_norm_keeps_dtypes_under_autocast():
