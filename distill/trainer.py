@@ -73,8 +73,8 @@ def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) ->
     """
     if not isinstance(data, TensorDataset):
         raise ValueError(f"stable_targets needs images that fit in memory; {recipe.data.source!r} is latents or too large")
-    images, labels = (tensor.to(device) for tensor in data.tensors)
-    return StableTargets(images, None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
+    images, labels = data.tensors
+    return StableTargets(images.to(device), None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
 
 
 def uses_derivative(recipe: Recipe) -> bool:
@@ -438,8 +438,10 @@ class Trainer:
         return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
 
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
-        labels = to_device(labels, self.device) if self.recipe.is_conditional else None
-        return to_device(x0, self.device), labels
+        """Images and labels of a batch; the labels for stable targets stay, which are chosen by them on the host."""
+        if not self.recipe.is_conditional:
+            return to_device(x0, self.device), None
+        return to_device(x0, self.device), labels if self.recipe.stable_targets else to_device(labels, self.device)
 
     def backward(self, part: int, x0: Tensor, labels: Condition | None) -> list[Loss]:
         """The gradients of one batch, of one objective after the other: no more than one graph is in memory."""

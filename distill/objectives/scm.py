@@ -111,15 +111,18 @@ class Diffusion:
         self.stable_targets: StableTargets | None = None
 
     def __call__(self, student: nn.Module, network: Teacher, x0, labels, step: int, generator) -> Loss:
+        """One step's loss; arguments as those of :class:`Consistency`. With stable targets the labels are the host's."""
         p = self.recipe
         t = to_device(trigflow.sample_times(len(x0), p.p_mean, p.p_std, p.sigma_data, generator), x0.device)
         z = p.sigma_data * to_device(draw(torch.randn, x0.shape, generator), x0.device)
         if labels is not None and p.label_dropout:
-            drop = to_device(draw(torch.rand, (len(x0),), generator) < p.label_dropout, x0.device)
-            labels = network.drop_condition(labels, drop)
+            drop = draw(torch.rand, (len(x0),), generator) < p.label_dropout
+            labels = network.drop_condition(labels, drop if p.stable_targets else to_device(drop, x0.device))
         t = t.float()
         x_t = trigflow.perturb(x0, z, t)
-        error = mean_square(student(x_t, t, labels) - self.target(x0, z, x_t, t, labels))
+        target = self.target(x0, z, x_t, t, labels)
+        condition = None if labels is None else to_device(labels, x0.device)
+        error = mean_square(student(x_t, t, condition) - target)
         return Loss(weighted_loss(error, t, self.weighting), {"squared_error": error.detach().mean()})
 
     @torch.no_grad()

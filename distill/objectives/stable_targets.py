@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from distill.transfer import to_device
 from distill.trigflow import expand
 
 
@@ -14,13 +15,13 @@ class StableTargets:
 
     Args:
         images: the data ``(N, C, H, W)``; one product with all of them is taken per step.
-        labels: ``(N,)`` integers, or ``None``. The label ``num_classes`` stands for every class.
+        labels: ``(N,)`` integers in the host's memory, or ``None``. The label ``num_classes`` stands for every class.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None, num_classes: int | None, sigma_data: float):
         self.sigma_data, self.num_classes = sigma_data, num_classes
         order = torch.arange(len(images)) if labels is None else labels.argsort(stable=True)
-        self.images = images.flatten(1)[order]
+        self.images = images.flatten(1)[order.to(images.device)]
         self.squares = self.images.square().sum(1)
         counts = [len(images)] if labels is None else torch.bincount(labels, minlength=num_classes).tolist()
         ends = torch.tensor(counts).cumsum(0).tolist()
@@ -28,11 +29,13 @@ class StableTargets:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The posterior means ``(B, C, H, W)`` for ``x_t`` ``(B, C, H, W)``, times ``(B,)`` and labels ``(B,)``."""
+        """The posterior means ``(B, C, H, W)`` for ``x_t`` ``(B, C, H, W)``, times ``(B,)`` and labels ``(B,)``, which are in
+        the host's memory: they decide what is computed, and so nothing waits for the device.
+        """
         means = torch.empty_like(x_t)
-        classes = torch.zeros_like(t, dtype=torch.long) if labels is None else labels
-        for label in classes.unique().tolist():
-            rows = (classes == label).nonzero().squeeze(1)
+        classes = [0] * len(x_t) if labels is None else labels.tolist()
+        for label in sorted(set(classes)):
+            rows = to_device(torch.tensor([i for i, c in enumerate(classes) if c == label]), x_t.device)
             every = labels is not None and label == self.num_classes
             means[rows] = self.mean(x_t[rows], t[rows], slice(None) if every else self.ranges[label])
         return means

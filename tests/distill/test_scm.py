@@ -344,6 +344,15 @@ def test_stable_targets_are_the_posterior_mean_of_the_data():
     torch.testing.assert_close(everything[2], means[2])
 
 
+def test_stable_targets_read_nothing_from_the_device():
+    """A tensor on the meta device has no values to read."""
+    targets = StableTargets(torch.randn(12, 1, 2, 2, device="meta"), torch.arange(12) % 3, 3, SD)
+    means = targets(torch.empty(4, 1, 2, 2, device="meta"), torch.empty(4, device="meta"), torch.tensor([1, 0, 3, 2]))
+    assert means.shape == (4, 1, 2, 2) and means.is_meta
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        targets(torch.empty(4, 1, 2, 2, device="meta"), torch.empty(4, device="meta"), torch.zeros(4, device="meta").long())
+
+
 def test_stable_targets_leave_the_diffusion_loss_unbiased():
     """The mean of the squared error falls by exactly what does not depend on the network."""
 
