@@ -81,16 +81,20 @@ class GroupNorm(nn.GroupNorm):
         """``t_y`` ``(B, C, ...)``; ``mean`` and ``rstd`` are ``(B, num_groups)``."""
         b, c, *space = x.shape
         # Sums over space before those over a group's channels, which in channels_last are not one stretch of memory.
-        rows, groups = (b * c, 1, math.prod(space)), (b, self.num_groups, -1)
-        t_mean, product = (
-            z.view(groups).sum(2) * (self.num_groups / x[0].numel())
-            for z in (t_x.reshape(rows).sum(2), t_x.reshape(rows) @ x.reshape(rows).mT)
-        )
+        space, size = tuple(range(2, x.ndim)), x[0].numel() // self.num_groups
+        t_mean, product = (z.sum(space).view(b, self.num_groups, -1).sum(2) / size for z in (t_x, t_x * x))
         slope = (product - mean * t_mean) * rstd.square()  # mean(x^ t_x) rstd
 
         weight = scale.view(1, self.num_groups, -1) * rstd[:, :, None]
         offset, factor = (of_channels(weight * z[:, :, None], x) for z in (mean * slope - t_mean, -slope))
         return torch.addcmul(offset, t_x, of_channels(weight, x)).addcmul_(x, factor)
+
+
+def fast_layout(x: Tensor) -> Tensor:
+    """``x`` ``(B, C, H, W)`` in the memory format in which a CPU's convolutions and their gradients are fastest; what follows
+    keeps it.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class CompiledGroupNorm(torch.autograd.Function):
@@ -214,6 +218,13 @@ def silu(x: Tensor) -> Tensor:
 class SiLU(nn.SiLU):
     def forward(self, x: Tensor) -> Tensor:
         return silu(x)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """``torch.nn.functional.dropout`` whose masks are the same for the same state of the generator in any memory format, with a
+    tangent and without, which PyTorch's are only for contiguous tensors.
+    """
+    return x * F.dropout(x.new_ones(x.shape), p) if training and p > 0 else x
 
 
 def has_tangent(x: Tensor) -> bool:

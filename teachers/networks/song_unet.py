@@ -17,6 +17,8 @@ from teachers.networks.layers import (
     TimeLinear,
     attend,
     conv2d,
+    dropout,
+    fast_layout,
     silu,
     unrounded,
     unrounded_value,
@@ -138,7 +140,7 @@ class UNetBlock(nn.Module):
         y = self.convolve(self.conv0, silu(self.norm0(x)))
         with torch.autocast(x.device.type, enabled=False):  # the time path, whatever the precision of the rest
             y = self.condition(y, self.affine(emb)[:, :, None, None].to(self.affine.weight.dtype))
-        y = self.convolve(self.conv1, F.dropout(silu(y), self.dropout, self.training))
+        y = self.convolve(self.conv1, dropout(silu(y), self.dropout, self.training))
         # The residual stream and attention's 1x1 convolutions are a small share of the work; either, rounded to bf16, can
         # take the derivative's error past 2 %.
         x = (y + (x if self.skip is None else unrounded(self.skip, x))) * self.skip_scale
@@ -266,7 +268,7 @@ class SongUNet(nn.Module):
             if name.endswith("_aux_residual"):
                 x = skips[-1] = pyramid = (x + unrounded(layer, pyramid)) * SKIP_SCALE
                 continue
-            x = unrounded(layer, x) if name.endswith("_conv") else layer(x, emb)
+            x = fast_layout(unrounded(layer, x)) if name.endswith("_conv") else layer(x, emb)
             skips.append(x)
         for name, layer in self.dec.items():
             if name.endswith("aux_norm"):
