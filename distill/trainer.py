@@ -74,7 +74,8 @@ def build_stable_targets(data: Dataset, recipe: Recipe, device: torch.device) ->
     if not isinstance(data, TensorDataset):
         raise ValueError(f"stable_targets needs images that fit in memory; {recipe.data.source!r} is latents or too large")
     images, labels = data.tensors
-    return StableTargets(images.to(device), None if recipe.num_classes is None else labels, recipe.num_classes, recipe.sigma_data)
+    labels = None if recipe.num_classes is None else labels
+    return StableTargets(images.to(device), labels, recipe.num_classes, recipe.sigma_data)
 
 
 def uses_derivative(recipe: Recipe) -> bool:

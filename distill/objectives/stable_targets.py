@@ -29,8 +29,9 @@ class StableTargets:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """The posterior means ``(B, C, H, W)`` for ``x_t`` ``(B, C, H, W)``, times ``(B,)`` and labels ``(B,)``, which are in
-        the host's memory: they decide what is computed, and so nothing waits for the device.
+        """The posterior means ``(B, C, H, W)`` for ``x_t`` ``(B, C, H, W)``, times ``(B,)`` and labels ``(B,)``.
+
+        The labels, which decide what is computed, are in the host's memory: nothing waits for the device.
         """
         means = torch.empty_like(x_t)
         classes = [0] * len(x_t) if labels is None else labels.tolist()

@@ -79,10 +79,8 @@ class GroupNorm(nn.GroupNorm):
 
     def tangent(self, x: Tensor, t_x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         """``t_y`` ``(B, C, ...)``; ``mean`` and ``rstd`` are ``(B, num_groups)``."""
-        b, c, *space = x.shape
-        # Sums over space before those over a group's channels, which in channels_last are not one stretch of memory.
-        space, size = tuple(range(2, x.ndim)), x[0].numel() // self.num_groups
-        t_mean, product = (z.sum(space).view(b, self.num_groups, -1).sum(2) / size for z in (t_x, t_x * x))
+        size = x[0].numel() // self.num_groups
+        t_mean, product = (sums_by_channel(z, self.num_groups).sum(2) / size for z in (t_x, t_x * x))
         slope = (product - mean * t_mean) * rstd.square()  # mean(x^ t_x) rstd
 
         weight = scale.view(1, self.num_groups, -1) * rstd[:, :, None]
@@ -91,16 +89,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 def fast_layout(x: Tensor) -> Tensor:
-    """``x`` ``(B, C, H, W)`` in the memory format in which a CPU's convolutions and their gradients are fastest; what follows
-    keeps it.
-    """
+    """``x`` ``(B, C, H, W)`` in the memory format in which a CPU's convolutions are fastest. What follows keeps it."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class CompiledGroupNorm(torch.autograd.Function):
-    """``torch.nn.functional.group_norm`` with its gradient in the form that :func:`of_channels` is for, which PyTorch's own is
-    not.
-    """
+    """``torch.nn.functional.group_norm`` whose gradient a compiler vectorises, as it does not PyTorch's own."""
 
     @staticmethod
     def forward(ctx, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -111,22 +105,30 @@ class CompiledGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        """``dx = rstd (w grad - mean(w grad) - x^ mean(w grad x^))`` with ``x^ = (x - mean) rstd`` and means over a group."""
+        """``dx = rstd (w grad - mean(w grad) - x^ mean(w grad x^))``, ``x^ = (x - mean) rstd``, means over a group."""
         x, weight, mean, rstd = ctx.saved_tensors
         size = x.numel() // mean.numel()
         mean, rstd, weight = mean[:, :, None], rstd[:, :, None], weight.view(1, mean.shape[1], -1)
-        total, product = (z.reshape(*x.shape[:2], -1).sum(2).view(*mean.shape[:2], -1) for z in (grad, grad * x))
+        total, product = (sums_by_channel(z, mean.shape[1]) for z in (grad, grad * x))
         product = (product - mean * total) * rstd  # grad x^
         slope = rstd * (weight * product).sum(2, keepdim=True) / size
         offset = mean * slope - (weight * total).sum(2, keepdim=True) / size
-        by_grad, by_x, constant = (of_channels(z.expand(total.shape), x) for z in (rstd * weight, -rstd * slope, rstd * offset))
+        by_grad, by_x, constant = (of_channels(rstd * z.expand(total.shape), x) for z in (weight, -slope, offset))
         return grad * by_grad + x * by_x + constant, None, product.sum(0).flatten(), total.sum(0).flatten(), None
 
 
+def sums_by_channel(x: Tensor, num_groups: int) -> Tensor:
+    """Of ``x`` ``(B, C, ...)`` over space, ``(B, num_groups, C / num_groups)``. For the sums of groups these are a detour that
+    pays: in channels_last a group's values are not one stretch of memory.
+    """
+    return x.reshape(*x.shape[:2], -1).sum(2).view(len(x), num_groups, -1)
+
+
 def of_channels(coefficients: Tensor, x: Tensor) -> Tensor:
-    """``(B, num_groups, C / num_groups)`` as ``(B, C, 1, ...)``, to multiply ``x`` with. A compiler gets them as a tensor that is
-    computed before: within the loop over ``x`` it would compute all they are made of once per element, and find the group by
-    division, which keeps that loop from being vectorised.
+    """``(B, num_groups, C / num_groups)`` as ``(B, C, 1, ...)``, to multiply ``x`` with.
+
+    For a compiler it is a tensor of its own. Within the loop over ``x`` it would compute what that is made of once per
+    element, and find the group by a division, with which loops are not vectorised.
     """
     flat = coefficients.contiguous().as_strided(x.shape[:2], (x.shape[1], 1))
     return flat.view(*x.shape[:2], *[1] * (x.ndim - 2))
@@ -221,8 +223,8 @@ class SiLU(nn.SiLU):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """``torch.nn.functional.dropout`` whose masks are the same for the same state of the generator in any memory format, with a
-    tangent and without, which PyTorch's are only for contiguous tensors.
+    """``torch.nn.functional.dropout`` with the same masks in any memory format, with a tangent and without, where PyTorch's
+    own are the same for contiguous tensors only.
     """
     return x * F.dropout(x.new_ones(x.shape), p) if training and p > 0 else x
 

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers.networks.layers import GroupNorm, PositionalEmbedding, SiLU, attend, conv2d, unrounded, unrounded_value, upsample_nearest
+from teachers.networks.layers import (
+    GroupNorm,
+    PositionalEmbedding,
+    SiLU,
+    attend,
+    conv2d,
+    unrounded,
+    unrounded_value,
+    upsample_nearest,
+)
 from teachers.networks.song_unet import Conv2d, Linear
 from teachers.networks.unet_plan import unet_plan
 

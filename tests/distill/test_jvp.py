@@ -200,9 +200,7 @@ def test_one_pass_gives_the_gradient_of_the_value_and_a_derivative_without_a_gra
 @pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
 def test_a_compiled_derivative_is_the_same(make_teacher, backend, keep_graph):
-    """Value, tangent and gradients: of the value that came with the tangent if it has a graph, else of the network compiled by
-    itself.
-    """
+    """Value, tangent and gradients: those of the value with a tangent, or where that has no graph, of the network itself."""
     teacher = make_teacher("SongUNet", channel_mult=[1], attn_resolutions=[]).double()
     (x, t), tangents = rearranged(teacher, 1.0)
     inputs, tangents = (x.double(), t.double()), tuple(v.double() for v in tangents)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import teachers
 from distill.jvp import check_jvp
 from teachers.networks import DhariwalUNet, EDM2UNet, LightningDiT, SiT, SongUNet, build, is_registered
-from teachers.networks.layers import GroupNorm, upsample_nearest
+from teachers.networks.layers import GroupNorm, dropout, upsample_nearest
 from teachers.networks.lightning_dit import RotaryEmbedding, SwiGLU
 from teachers.networks.song_unet import Conv2d
 
@@ -295,6 +295,25 @@ def test_group_norm_tangent_is_that_of_torch(memory_format, grad):
     torch.testing.assert_close(got[1], expected[1])
     h = 1e-6
     torch.testing.assert_close(got[1], (norm(x + h * v) - norm(x - h * v)) / (2 * h), rtol=1e-6, atol=1e-7)
+
+
+def test_group_norm_tangent_without_space():
+    norm, plain, *_ = random_group_norm()
+    x, v = torch.randn(2, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jvp(norm, (x,), (v,)), torch.func.jvp(plain, (x,), (v,)))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dropout_masks_depend_on_nothing_but_the_generator(grad):
+    x = torch.randn(2, 8, 5, 4).abs() + 1
+    masks = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        z = x.contiguous(memory_format=memory_format).requires_grad_(grad)
+        for function in (dropout, lambda z, *rest: torch.func.jvp(lambda z: dropout(z, *rest), (z,), (z,))[0]):
+            torch.manual_seed(0)
+            masks.append(function(z, 0.5, True) / x)
+    assert all(torch.equal(mask, masks[0]) for mask in masks) and set(masks[0].unique().tolist()) == {0.0, 2.0}
+    assert dropout(x, 0.5, False) is x
 
 
 def test_group_norm_tangent_has_the_gradient_of_torch():
