@@ -118,8 +118,9 @@ class CompiledGroupNorm(torch.autograd.Function):
 
 
 def sums_by_channel(x: Tensor, num_groups: int) -> Tensor:
-    """Of ``x`` ``(B, C, ...)`` over space, ``(B, num_groups, C / num_groups)``. For the sums of groups these are a detour that
-    pays: in channels_last a group's values are not one stretch of memory.
+    """Of ``x`` ``(B, C, ...)`` over space, ``(B, num_groups, C / num_groups)``.
+
+    On the way to the sums of groups they pay: in channels_last a group's values are not one stretch of memory.
     """
     return x.reshape(*x.shape[:2], -1).sum(2).view(len(x), num_groups, -1)
 
