@@ -439,7 +439,7 @@ class Trainer:
         return vsd is not None and vsd.has_begun(self.step / self.recipe.max_train_steps)
 
     def to_device(self, x0: Tensor, labels: Condition) -> tuple[Tensor, Condition | None]:
-        """Images and labels of a batch; the labels for stable targets stay, which are chosen by them on the host."""
+        """Images and labels of a batch. The labels stay on the host if they are to choose stable targets there."""
         if not self.recipe.is_conditional:
             return to_device(x0, self.device), None
         return to_device(x0, self.device), labels if self.recipe.stable_targets else to_device(labels, self.device)
