@@ -23,6 +23,7 @@ from distill.recipe import Recipe
 from teachers import Teacher
 from teachers.networks import DiffusersDiT, DiffusersText, DiffusersUNet2D
 from teachers.networks.flash_attention import flash_attention_is_installed
+from teachers.networks.layers import computes_in_channels_last, fast_weights
 from teachers.pretrained import load_tensors
 
 OF_DIFFUSERS = (DiffusersDiT, DiffusersText, DiffusersUNet2D)
@@ -260,10 +261,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor as ``example`` is: sharded or not, and of no or one dimension where it is a single number."""
+    """A whole tensor as ``example`` is: sharded or not, in its memory format, and of no or one dimension where it is one
+    number.
+    """
     tensor = tensor.reshape(example.shape) if tensor.numel() == example.numel() == 1 else tensor
-    if not hasattr(example, "full_tensor") or tensor.shape != example.shape:
+    if tensor.shape != example.shape:
         return tensor
+    if not hasattr(example, "full_tensor"):
+        if tensor.stride() == example.stride():
+            return tensor
+        # A fused optimizer pairs moments with weights by their places in memory.
+        return torch.empty_like(example, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     from torch.distributed.tensor import distribute_tensor
 
     # Every process has read the whole tensor and cuts out its own part.
@@ -333,6 +341,10 @@ class Placement:
         self.mesh = device_mesh(self.kind, self.device) if self.sharded else None
         self.skeletons: dict[nn.Module, nn.Module] = {}
 
+    def rearranges(self, network: nn.Module) -> bool:
+        """Whether :meth:`place` changes more of a network than the device."""
+        return self.sharded or (self.device.type == "cpu" and computes_in_channels_last(network))
+
     def place(self, network: nn.Module, autocast: bool = False) -> nn.Module:
         """Bring a network to where it computes, in place.
 
@@ -341,7 +353,7 @@ class Placement:
                 halves what is sent; those of our networks compute in part in fp32, and need their weights in it.
         """
         if not self.sharded:
-            return network.to(self.device)
+            return fast_weights(network.to(self.device))
         self.skeletons[network] = skeleton(network)
         bf16 = autocast and self.recipe.mixed_precision == "bf16"
         for part in sharded_parts(network):
@@ -364,6 +376,8 @@ class Placement:
             network = self.accelerator.prepare_model(self.place(network, autocast=True), False, evaluation_mode=True)
             for weighting in weightings:
                 self.place(weighting)
+        else:
+            network = self.place(network)  # before its optimizer is built, whose moments are arranged as the weights are
         parameters = [p for module in (network, *weightings) for p in module.parameters() if p.requires_grad]
         optimizer = build_optimizer(parameters)  # as it is: Accelerate's wrapper takes no found_inf
         if not self.sharded:
@@ -379,7 +393,7 @@ class Placement:
     def gathered(self, network: Teacher) -> Teacher:
         """The network in one piece, on the main process; all must ask for it. Elsewhere it has no weights."""
         if network not in self.skeletons:
-            return network
+            return network.to(memory_format=torch.contiguous_format)
         main = self.accelerator.is_main_process
         tensors, copied = whole_state(network, keep=main), copy.deepcopy(self.skeletons[network])
         if main:

@@ -169,7 +169,7 @@ class Trainer:
         self.accelerator = build_accelerator(recipe)
         self.placement = Placement(self.accelerator, recipe)
         self.device = self.accelerator.device
-        if pretrained is not None and self.placement.sharded:
+        if pretrained is not None and self.placement.rearranges(pretrained):
             pretrained = copy.deepcopy(pretrained)
         torch.manual_seed(recipe.seed)  # of weights that are new
         pretrained = load_pretrained(recipe, pretrained)

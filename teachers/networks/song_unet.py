@@ -19,6 +19,7 @@ from teachers.networks.layers import (
     conv2d,
     dropout,
     fast_layout,
+    scaled_sum,
     silu,
     unrounded,
     unrounded_value,
@@ -143,9 +144,9 @@ class UNetBlock(nn.Module):
         y = self.convolve(self.conv1, dropout(silu(y), self.dropout, self.training))
         # The residual stream and attention's 1x1 convolutions are a small share of the work; either, rounded to bf16, can
         # take the derivative's error past 2 %.
-        x = (y + (x if self.skip is None else unrounded(self.skip, x))) * self.skip_scale
+        x = scaled_sum(y, x if self.skip is None else unrounded(self.skip, x), self.skip_scale)
         if self.num_heads:
-            x = (x + self.attention(self.norm2(x))) * self.skip_scale
+            x = scaled_sum(x, self.attention(self.norm2(x)), self.skip_scale)
         return x
 
     def convolve(self, layer: Conv2d, x: Tensor) -> Tensor:
@@ -181,6 +182,8 @@ class SongUNet(nn.Module):
         guidance_embedding: adds an input ``guidance`` ``(B,)``: the guidance scale a student was asked for, embedded
             like the time and zero-initialised (sCM, section 5.2).
     """
+
+    channels_last = True  # on a CPU, by fast_layout and fast_weights
 
     def __init__(
         self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
@@ -266,7 +269,7 @@ class SongUNet(nn.Module):
         skips, pyramid = [], x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
-                x = skips[-1] = pyramid = (x + unrounded(layer, pyramid)) * SKIP_SCALE
+                x = skips[-1] = pyramid = scaled_sum(x, unrounded(layer, pyramid), SKIP_SCALE)
                 continue
             x = fast_layout(unrounded(layer, x)) if name.endswith("_conv") else layer(x, emb)
             skips.append(x)

@@ -132,6 +132,37 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(world, changes, make
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+def test_weights_are_arranged_for_the_cpu_while_they_are_trained(world, make_teacher, monkeypatch):
+    """A fused optimizer pairs gradients and moments with weights by their places in memory, so a run that goes on from a
+    checkpoint of another arrangement would show it if these were mixed up.
+    """
+    folder, values = world
+    teacher = make_teacher("SongUNet", **SMALL_UNET)
+    teachers.save_pretrained(teacher, folder / "unet", "teacher")
+    values |= {"teacher": str(folder / "unet"), "checkpointing_steps": 3, "optimizer": {"name": "adam"}}
+    convolution = "enc.8x8_block0.conv0.weight"
+
+    def trained(name, **changes):
+        trainer = Trainer(parse_recipe({**values, "output_dir": str(folder / name), **changes}, "test"), teacher)
+        trainer.train()
+        return trainer
+
+    arranged = trained("arranged")
+    assert not arranged.network.native.get_parameter(convolution).is_contiguous()
+    assert all(p.is_contiguous() for p in teacher.parameters()), "the user's own"
+    assert all(p.is_contiguous() for p in trained_model(arranged).network.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.parallel.fast_weights", lambda network: network)
+        plain = trained("plain")
+    assert plain.network.native.get_parameter(convolution).is_contiguous()
+    resumed = trained("resumed", resume_from_checkpoint=str(folder / "plain/checkpoint-3"))
+    assert not resumed.network.native.get_parameter(convolution).is_contiguous()
+    start = torch.cat([p.flatten() for p in teacher.parameters()])
+    moved = [torch.cat([p.detach().flatten() for p in t.network.parameters()]) - start for t in (plain, arranged, resumed)]
+    for each in moved[1:]:
+        assert (each - moved[0]).norm() < 1e-3 * moved[0].norm()
+
+
 def test_where_segments_are_over_the_run_is_one_without(world):
     _, values = world
     plain = run(values)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import teachers
 from distill.jvp import check_jvp
 from teachers.networks import DhariwalUNet, EDM2UNet, LightningDiT, SiT, SongUNet, build, is_registered
-from teachers.networks.layers import GroupNorm, dropout, upsample_nearest
+from teachers.networks.layers import GroupNorm, dropout, scaled_sum, upsample_nearest
 from teachers.networks.lightning_dit import RotaryEmbedding, SwiGLU
 from teachers.networks.song_unet import Conv2d
 
@@ -351,6 +351,19 @@ def test_upsampling_its_tangent_and_gradient_are_those_of_torch(memory_format):
         y, tangent = torch.func.jvp(function, (x,), (v,))
         loss = y.cos().sum() + tangent.sin().sum()
         results.append((function(x), y, tangent, *torch.autograd.grad(loss, [x, v])))
+    torch.testing.assert_close(*results, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize(
+    "pair", [lambda x, y: (x, x * y), lambda x, y: (x, y), lambda x, y: (y, x)], ids=["both", "first", "second"]
+)
+def test_a_scaled_sum_its_tangent_and_gradient_are_those_of_torch(pair):
+    torch.manual_seed(0)
+    x, y, v = torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_()
+    results = []
+    for function in (lambda a, b: scaled_sum(a, b, 0.7), lambda a, b: (a + b) * 0.7):
+        out, tangent = torch.func.jvp(lambda x, f=function: f(*pair(x, y)), (x,), (v,))
+        results.append((function(x, y), out, tangent, *torch.autograd.grad(out.cos().sum() + tangent.sin().sum(), [x, v])))
     torch.testing.assert_close(*results, rtol=1e-15, atol=0)
 
 
