@@ -55,8 +55,7 @@ class GroupNorm(nn.GroupNorm):
             primal, tangent = fwAD.unpack_dual(wide)
             if tangent is None:
                 weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
-                compiled = torch.compiler.is_compiling() and torch.is_grad_enabled()
-                group_norm = CompiledGroupNorm.apply if compiled else F.group_norm
+                group_norm = CompiledGroupNorm.apply if torch.compiler.is_compiling() else F.group_norm
                 out = group_norm(wide, self.num_groups, weight, bias, self.eps)
             else:
                 out = self.dual_forward(primal, tangent)
@@ -72,7 +71,10 @@ class GroupNorm(nn.GroupNorm):
         channels_last = b > 1 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         x = x if channels_last else x.contiguous()
         scale, shift = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
+        if torch.compiler.is_compiling():
+            y, mean, rstd = compiled_group_norm(x, self.num_groups, scale, shift, self.eps)
+        else:
+            y, mean, rstd = torch.native_group_norm(x, scale, shift, b, c, math.prod(space), self.num_groups, self.eps)
         with tangent_mode():
             t_y = self.tangent(x, t_x, scale, mean, rstd)
         return fwAD.make_dual(y, t_y)
@@ -108,13 +110,25 @@ def fast_weights(network: nn.Module) -> nn.Module:
     return network
 
 
+def compiled_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.native_group_norm`` without the turn to channels_first that a compiler gives PyTorch's own."""
+    size = x[0].numel() // num_groups
+    mean = sums_by_channel(x, num_groups).sum(2) / size
+    centered = x - of_channels(mean[:, :, None].expand(-1, -1, x.shape[1] // num_groups), x)
+    rstd = (sums_by_channel(centered.square(), num_groups).sum(2) / size + eps).rsqrt()
+    scale = weight.view(1, num_groups, -1) * rstd[:, :, None]
+    shift = bias.view(1, num_groups, -1) - mean[:, :, None] * scale
+    return torch.addcmul(of_channels(shift, x), x, of_channels(scale, x)), mean, rstd
+
+
 class CompiledGroupNorm(torch.autograd.Function):
     """``torch.nn.functional.group_norm`` whose gradient a compiler vectorises, as it does not PyTorch's own."""
 
     @staticmethod
     def forward(ctx, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        b, c, *space = x.shape
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, math.prod(space), num_groups, eps)
+        y, mean, rstd = compiled_group_norm(x, num_groups, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
@@ -204,10 +218,21 @@ def upsample_nearest(x: Tensor) -> Tensor:
 
 
 def repeat_pixels(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return expand_pixels(x)
     # On a CPU PyTorch's kernel turns channels_first into channels_last first, which takes several times as long as it does.
     if x.device.type == "cpu" and x.is_contiguous():
         return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def expand_pixels(x: Tensor) -> Tensor:
+    """:func:`repeat_pixels` whose gradient a compiler makes a sum: that of PyTorch's own becomes a scatter, one by one."""
+    b, c, h, w = x.shape
+    if x.is_contiguous(memory_format=torch.channels_last):
+        pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(b, h, 2, w, 2, c)
+        return pixels.reshape(b, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
+    return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 class DualLinear(nn.Linear):
