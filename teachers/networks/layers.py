@@ -102,7 +102,7 @@ def computes_in_channels_last(network: nn.Module) -> bool:
 
 def fast_weights(network: nn.Module) -> nn.Module:
     """Bring weights that meet :func:`fast_layout` into the same memory format, in place: a convolution would otherwise
-    rearrange them each time, which costs a tenth of it where the batch is small.
+    rearrange them each time, which costs some percent of a step where the batch is small.
     """
     for module in network.modules():
         if getattr(type(module), "channels_last", False) and next(module.parameters()).device.type == "cpu":
