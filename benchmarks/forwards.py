@@ -9,8 +9,7 @@ ones are cheaper, every block runs each once, in turn; printed are medians, and 
 blocks. Six passes are the least that the first can cost if a derivative costs two and a backward pass two.
 
 A plain forward is that of the network as ``teachers.load`` gives it. The trainer keeps the weights in another memory format
-on a CPU, in which this pass is faster too; ratios to that one, the "own forwards", are printed as
-well.
+on a CPU, in which this pass is faster too; printed as well are ratios to that one, in "own forwards".
 """
 
 import argparse

@@ -23,7 +23,7 @@ from distill.recipe import Recipe
 from teachers import Teacher
 from teachers.networks import DiffusersDiT, DiffusersText, DiffusersUNet2D
 from teachers.networks.flash_attention import flash_attention_is_installed
-from teachers.networks.layers import computes_in_channels_last, fast_weights
+from teachers.networks.layers import channels_last_parts, fast_weights
 from teachers.pretrained import load_tensors
 
 OF_DIFFUSERS = (DiffusersDiT, DiffusersText, DiffusersUNet2D)
@@ -343,7 +343,7 @@ class Placement:
 
     def rearranges(self, network: nn.Module) -> bool:
         """Whether :meth:`place` changes more of a network than the device."""
-        return self.sharded or (self.device.type == "cpu" and computes_in_channels_last(network))
+        return self.sharded or (self.device.type == "cpu" and bool(channels_last_parts(network)))
 
     def place(self, network: nn.Module, autocast: bool = False) -> nn.Module:
         """Bring a network to where it computes, in place.

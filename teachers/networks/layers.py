@@ -95,25 +95,27 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
-def computes_in_channels_last(network: nn.Module) -> bool:
-    """Whether a part of ``network`` arranges what it computes by :func:`fast_layout`: its class says so."""
-    return any(getattr(type(module), "channels_last", False) for module in network.modules())
+def channels_last_parts(network: nn.Module) -> list[nn.Module]:
+    """The parts of ``network`` that arrange what they compute by :func:`fast_layout`: their class says so."""
+    return [module for module in network.modules() if getattr(type(module), "channels_last", False)]
 
 
 def fast_weights(network: nn.Module) -> nn.Module:
     """Bring weights that meet :func:`fast_layout` into the same memory format, in place: a convolution would otherwise
     rearrange them each time, which costs some percent of a step where the batch is small.
     """
-    for module in network.modules():
-        if getattr(type(module), "channels_last", False) and next(module.parameters()).device.type == "cpu":
-            module.to(memory_format=torch.channels_last)
+    for part in channels_last_parts(network):
+        if next(part.parameters()).device.type == "cpu":
+            part.to(memory_format=torch.channels_last)
     return network
 
 
 def compiled_group_norm(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``torch.native_group_norm`` without the turn to channels_first that a compiler gives PyTorch's own."""
+    """What ``torch.native_group_norm`` returns, without the turn to channels_first that a compiler gives PyTorch's own: the
+    normalised ``(B, C, ...)``, and mean and 1 / standard deviation of each group ``(B, num_groups)``.
+    """
     size = x[0].numel() // num_groups
     mean = sums_by_channel(x, num_groups).sum(2) / size
     centered = x - of_channels(mean[:, :, None].expand(-1, -1, x.shape[1] // num_groups), x)
