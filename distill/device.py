@@ -22,12 +22,15 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     """
     if name is None:
         return default_device()
+    allowed = "allowed are cpu, and with a GPU cuda or cuda:N"
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # PyTorch's own sentence lists every kind of device that there is anywhere
+        raise ValueError(f"{str(name)!r} is no device; {allowed}") from error
+    try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        allowed = "allowed are cpu, and with a GPU cuda or cuda:N"
         raise ValueError(f"device {str(name)!r} cannot be used; {allowed} ({why})") from error
     return device
 

@@ -72,14 +72,8 @@ def check_launcher() -> None:
         raise ValueError("FSDP version 1 has no forward-mode derivative: set fsdp_version to 2 in accelerate config")
 
 
-def check_launch(recipe: Recipe) -> None:
-    """Look, before anything is loaded, whether the recipe can run as it was launched.
-
-    Raises:
-        ValueError: it cannot; one sentence.
-    """
-    check_launcher()
-    world, kind = world_size(), technique(recipe)
+def check_processes(recipe: Recipe, world: int) -> None:
+    """Raise ``ValueError`` if so many processes cannot train the recipe, wherever they are."""
     if recipe.train_batch_size % world:
         raise ValueError(
             f"train_batch_size {recipe.train_batch_size} cannot be shared out equally over {world} processes: use a "
@@ -90,6 +84,17 @@ def check_launch(recipe: Recipe) -> None:
             f"tangent.shared_primal needs one process, got {world}: torch.func.jvp cannot pass the forward of DDP or FSDP2; "
             "remove it"
         )
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Look, before anything is loaded, whether the recipe can run as it was launched.
+
+    Raises:
+        ValueError: it cannot; one sentence.
+    """
+    check_launcher()
+    world, kind = world_size(), technique(recipe)
+    check_processes(recipe, world)
     if recipe.tangent.flash_attention and not (torch.cuda.is_available() and flash_attention_is_installed()):
         raise ValueError(
             "tangent.flash_attention needs a GPU and its package (pip install --no-deps jvp_flash_attention); remove it"

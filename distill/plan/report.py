@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist, mean
 
+from distill.parallel import check_processes
 from distill.plan.memory import GB, USABLE, Option, options, what_would_fit
 from distill.plan.networks import planned_networks
 from distill.plan.passes import Passes
@@ -37,8 +38,10 @@ def plan(recipe: Recipe, hardware: Hardware) -> dict:
 
     Raises:
         FileNotFoundError, ValueError: as :func:`planned_networks` and :class:`Passes`.
+        ValueError: so many GPUs cannot train the recipe.
     """
     hardware.check()
+    check_processes(recipe, hardware.gpus)
     networks = planned_networks(recipe)
     passes = Passes(recipe, networks, gpu=True, processes=hardware.gpus)
     flops = step_flops(passes)

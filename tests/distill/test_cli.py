@@ -152,7 +152,7 @@ def test_every_verb_shows_an_example(verb, capsys):
         (["sample", "mnist-edm", "--labels", "10", "--out", "x.png"], "this model has classes 0 to 9"),
         (["sample", "mnist-edm", "--solver", "euler", "--out", "x.png"], "allowed: heun, dpmpp_2m"),
         (["sample", "mnist-edm", "--mixed-precision", "fp16", "--out", "x.png"], "is 'fp16'; allowed: no, bf16"),
-        (["sample", "mnist-edm", "--device", "gpu", "--out", "x.png"], "device 'gpu' cannot be used; allowed are cpu"),
+        (["sample", "mnist-edm", "--device", "gpu", "--out", "x.png"], "'gpu' is no device; allowed are cpu, and with"),
         (["evaluate", "mnist-edm-scm", "--num", "60", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         # Of two mistakes the cheap one is found first: samples are asked for before their reference is read.
         (["evaluate", "mnist-edm-scm", "--steps", "0", "--data", "not-there"], "num_inference_steps must be 1 to 8, got 0"),

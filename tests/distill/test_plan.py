@@ -278,7 +278,11 @@ def test_the_command(capsys):
     assert cli.main(["plan", *tiny, "--gpu-memory", "0.001"]) == 0
     text = capsys.readouterr().out
     assert "what fits: " in text and "trained network, 18 Heun steps" in text
-    for arguments, message in ((["--gpus", "0"], "--gpus must be positive"), (["--utilization", "2"], "--utilization must")):
+    for arguments, message in (
+        (["--gpus", "0"], "--gpus must be positive"),
+        (["--utilization", "2"], "--utilization must"),
+        (["--gpus", "3"], "train_batch_size 128 cannot be shared out equally over 3 processes"),
+    ):
         assert cli.main(["plan", *tiny, *arguments]) == 1
         assert message in capsys.readouterr().err
     assert cli.main(["plan", "sd3.yaml"]) == 1
