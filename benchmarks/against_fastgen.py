@@ -2,10 +2,11 @@
 
     python benchmarks/against_fastgen.py CLONE [--batch 4] [--blocks 5]
 
-CLONE is a checkout of https://github.com/NVlabs/FastGen whose requirements are installed; its code is run, on the CPU. Both
-train EDM's CIFAR-10 network (55.73M parameters, random weights) by Algorithm 1 with RAdam and three averages. Left out of
-FastGen's step is what its trainer adds: clipping, statistics, logging. Each variant takes its step once a block, in turn;
-printed are medians, and of ratios the medians over blocks. In bf16 FastGen computes the derivative in fp32, its default.
+CLONE is a checkout of https://github.com/NVlabs/FastGen whose requirements are installed; its code is run, on a GPU if there
+is one. Both train EDM's CIFAR-10 network (55.73M parameters, random weights) by Algorithm 1 with RAdam and three averages.
+Left out of FastGen's step is what its trainer adds: clipping, statistics, logging. Each variant takes its step once a block,
+in turn; printed are medians, and of ratios the medians over blocks. In bf16 FastGen computes the derivative in fp32, its
+default.
 """
 
 import argparse
@@ -17,15 +18,17 @@ import time
 from collections.abc import Callable
 
 import torch
-from cost import Steps
+from cost import Steps, synchronize
 from forwards import AVERAGES, random_teacher, randomize, take_turns
 from torch import Tensor, nn
 
 from distill import trigflow
 from distill.cpu import tune_cpu
+from distill.device import default_device
 from distill.objectives.scm import NoisyBatch, build_objective, mean_square, normalize_tangent
 
 WARMED_UP = 10_000  # steps after which the tangent counts in full, in FastGen's configuration and in recipes/cifar10.yaml
+DEVICE = default_device()
 SIGMAS = (0.05, 0.3, 1.0, 5.0)  # noise levels at which gradients are compared
 
 
@@ -38,7 +41,8 @@ class FastGen:
         from fastgen.utils import instantiate
 
         config = create_config()
-        config.model.device, config.model.pretrained_model_path, config.model.precision_amp = "cpu", "", precision
+        config.model.device, config.model.pretrained_model_path = DEVICE.type, ""
+        config.model.precision_amp = precision
         averages = {key: value for key, value in config.trainer.callbacks.items() if key.startswith("ema")}
         config.model.use_ema, config.trainer.callbacks = list(averages), averages
         config.dataloader_train.batch_size = batch
@@ -50,8 +54,8 @@ class FastGen:
             load(network.model, student)
         self.model.init_optimizers()
         self.averages = CallbackDict(config=config, trainer=None)
-        self.data = {"real": 0.5 * torch.randn(batch, 3, 32, 32)}
-        self.data |= dict.fromkeys(("condition", "neg_condition"), torch.zeros(batch, 0))
+        self.data = {"real": 0.5 * torch.randn(batch, 3, 32, 32, device=DEVICE)}
+        self.data |= dict.fromkeys(("condition", "neg_condition"), torch.zeros(batch, 0, device=DEVICE))
 
     def __call__(self, num: int) -> None:
         for _ in range(num):
@@ -71,7 +75,7 @@ class FastGen:
     def gradients(self, x0: Tensor, seed: int) -> dict[str, Tensor]:
         """Of the loss at ``SIGMAS``, times the number of dimensions by which FastGen divides once more."""
         torch.manual_seed(seed)
-        t, labels = torch.tensor(SIGMAS).double(), torch.zeros(len(x0), 0)
+        t, labels = torch.tensor(SIGMAS, device=DEVICE).double(), torch.zeros(len(x0), 0, device=DEVICE)
         loss = self.model._compute_scm_loss(x0, t, labels, iteration=WARMED_UP)[0]
         (x0[0].numel() * loss.mean()).backward()
         return gradients_of(self.model.net.model)
@@ -88,12 +92,13 @@ def our_gradients(steps: Steps, x0: Tensor, seed: int) -> dict[str, Tensor]:
     trainer, sd = steps.trainer, steps.trainer.recipe.sigma_data
     torch.manual_seed(seed)
     z = sd * torch.randn_like(x0)
-    t = trigflow.time_from_sigma(torch.tensor(SIGMAS), sd)
+    sigma = torch.tensor(SIGMAS, device=DEVICE)
+    t = trigflow.time_from_sigma(sigma, sd)
     batch = NoisyBatch(x0, z, trigflow.perturb(x0, z, t), t, None, None, None)
     _, g = build_objective(trainer.recipe, trainer.teacher).tangent(trainer.network, batch, WARMED_UP, None)
     F = trainer.network(batch.x_t, t)
     error = mean_square(F - (F.detach() + normalize_tangent(g, trainer.recipe.tangent)))
-    (error / torch.tensor(SIGMAS)).mean().backward()
+    (error / sigma).mean().backward()
     return gradients_of(trainer.network.native)
 
 
@@ -109,8 +114,10 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def seconds(steps: Callable[[int], object]) -> tuple[float, float]:
+    synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     steps(1)
+    synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -137,7 +144,7 @@ def main() -> None:
         randomize(plain.trainer.network, seed=1)  # a student that is not its teacher
         weights = [network.native.state_dict() for network in (plain.trainer.network, plain.trainer.teacher)]
         fastgen = FastGen(*weights, options.batch, None)
-        x0 = 0.5 * torch.randn(len(SIGMAS), 3, 32, 32)
+        x0 = 0.5 * torch.randn(len(SIGMAS), 3, 32, 32, device=DEVICE)
         report = {"gradients differ by": difference(our_gradients(plain, x0, 2), fastgen.gradients(x0, 2))}
         variants = {
             "FastGen, fp32": fastgen, "fp32": plain, "fp32, shared primal": ours("no", True),
@@ -154,7 +161,8 @@ def main() -> None:
             "wall seconds": wall, "CPU seconds": cpu,
             "FastGen's wall time over this": statistics.median(b[0] / a[0] for a, b in zip(spent, reference, strict=True)),
         }  # fmt: skip
-    print(json.dumps({**report, "batch": options.batch, "threads": torch.get_num_threads()}, indent=2))
+    report |= {"batch": options.batch, "device": DEVICE.type, "threads": torch.get_num_threads()}
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -44,15 +44,16 @@ def randomize(network: nn.Module, seed: int) -> None:
         p.data += 0.02 * torch.randn_like(p)
 
 
-def random_teacher(folder: str) -> str:
-    """A model folder of the network with random weights in every layer, also in those that start at zero."""
+def random_teacher(folder: str, name: str = TEACHER) -> str:
+    """A model folder of a released network with random weights in every layer, also in those that start at zero."""
     torch.manual_seed(0)
-    config = released_config(TEACHER)
+    config = released_config(name)
     network = build(config["network"], config["network_config"])
-    teacher = teachers.wrap(network, teachers.EDM, config["sigma_data"], config["sample_shape"])
+    form = [config[key] for key in ("sigma_data", "sample_shape", "num_classes", "label_format")]
+    teacher = teachers.wrap(network, teachers.EDM, *form)
     randomize(teacher, seed=0)
-    teachers.save_pretrained(teacher, Path(folder, TEACHER), "teacher")
-    return str(Path(folder, TEACHER))
+    teachers.save_pretrained(teacher, Path(folder, name), "teacher")
+    return str(Path(folder, name))
 
 
 def steps(teacher: str, batch: int, shared: bool, folder: str) -> Steps:
