@@ -3,13 +3,15 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from distill.trigflow import expand
 from teachers import Teacher
@@ -40,9 +42,34 @@ def jvp(
     inert where nothing is recorded for a backward pass.
     """
     tangents = tuple(v.to(x.dtype) for x, v in zip(primals, tangents, strict=True))
-    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph), constant_tangents():
+    on_cpu = primals[0].device.type == "cpu"
+    casts = SDPACastFirst() if keep_graph and backend is None and not on_cpu else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(keep_graph), constant_tangents(), casts:
         value, derivative = (compiled_jvp(backend) if backend else torch.func.jvp)(function, primals, tangents)
     return value, derivative.detach()
+
+
+class SDPACastFirst(TorchFunctionMode):
+    """Casts what PyTorch's attention gets on a GPU under autocast, and calls it without.
+
+    Inside ``torch.func.jvp`` autocast would round each of the operations that the differentiable kernel is made of in its
+    own way, and the gradient of its softmax, from bf16 to fp32, is not implemented.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        device = (args[0] if args else kwargs["query"]).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(value):
+            return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+        with torch.autocast(device, enabled=False):
+            return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
 
 @cache

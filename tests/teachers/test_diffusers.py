@@ -168,20 +168,20 @@ def test_a_damaged_pipeline_is_one_sentence(tmp_path):
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def teachers_script(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("diffusers_teachers")
 
 
 @pytest.mark.parametrize("kind, prediction", [("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("dit", "v_prediction")])
-def test_the_benchmarks_teachers_are_read_and_can_be_retrofitted(benchmark, tmp_path, kind, prediction):
+def test_the_benchmarks_teachers_are_read_and_can_be_retrofitted(teachers_script, tmp_path, kind, prediction):
     torch.manual_seed(0)
-    network, scheduler = benchmark.build(kind, prediction)
+    network, scheduler = teachers_script.build(kind, prediction)
     first = "conv_in.weight" if kind == "ddpm" else "pos_embed.proj.weight"
     before = network.state_dict()[first].clone()
     images, labels = torch.rand(8, 1, 28, 28) * 2 - 1, torch.arange(8)
-    benchmark.train(network, scheduler, images, labels, steps=2, batch_size=4)
-    benchmark.save(kind, network, scheduler, tmp_path)
+    teachers_script.train(network, scheduler, images, labels, steps=2, batch_size=4)
+    teachers_script.save(kind, network, scheduler, tmp_path)
     teacher = teachers.load(tmp_path)
     assert (teacher.sample_shape, teacher.num_classes) == ((1, 28, 28), 10)
     assert teacher.sigma_data == 0.5  # pixels: the DiT's pipeline names a VAE, but has none
