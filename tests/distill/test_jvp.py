@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import teachers
-from distill.jvp import ForwardModeError, check_jvp, jvp, record_rng, replay_rng
+from distill.jvp import ForwardModeError, SDPACastFirst, check_jvp, jvp, record_rng, replay_rng
 from distill.trigflow import expand
 from teachers.networks.layers import DualLinear, silu, unrounded_value
 from teachers.networks.song_unet import Conv2d
@@ -285,6 +285,18 @@ def test_checkpointing_is_passed():
 def test_attention_of_foreign_networks_is_passed():
     torch.manual_seed(0)
     assert check_jvp(wrap(Attention())) < 1e-4
+
+
+def test_attention_may_be_cast_before_it_is_called():
+    """What a GPU needs; autocast would round between the operations that it is made of, inside ``torch.func.jvp``."""
+    q, k, v, mask = torch.randn(4, 2, 2, 8, 8).unbind()
+    rounded = [x.bfloat16() for x in (q, k, v, mask)]
+    with torch.autocast("cpu", torch.bfloat16), SDPACastFirst():
+        got = F.scaled_dot_product_attention(q, k, value=v, attn_mask=mask)
+        assert (q @ k.mT).dtype == torch.bfloat16
+    assert torch.equal(got, F.scaled_dot_product_attention(*rounded[:3], attn_mask=rounded[3]))
+    with SDPACastFirst():
+        assert torch.equal(F.scaled_dot_product_attention(query=q, key=k, value=v), F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,26 @@ def test_checkpointing_and_the_backward_pass(checkpointed):
     torch.testing.assert_close(*gradients)
 
 
+def graph(x):
+    """The names of the operations that ``x`` was made by."""
+    nodes, seen = [x.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [child for child, _ in node.next_functions if child is not None]
+    return seen
+
+
+def test_channels_that_do_not_lie_beside_each_other_are_brought_there_for_the_fused_kernel():
+    """As those of U-Nets, for which PyTorch takes plain operations otherwise."""
+    primals, tangents = primals_and_tangents()
+    strided = [x.mT.contiguous().mT for x in primals]
+    leaves = [x.clone().requires_grad_() for x in strided]
+    assert all(x.stride(-1) != 1 for x in leaves)
+    assert any("FlashAttention" in name for name in graph(attend(*leaves)))
+    torch.testing.assert_close(torch.func.jvp(attend, tuple(strided), tangents), torch.func.jvp(plain, primals, tangents))
+
+
 @pytest.mark.parametrize("tangent", [False, True])
 @pytest.mark.parametrize(
     "dtype, tokens, fused",
@@ -107,12 +127,7 @@ def test_gradients_in_bf16_of_few_tokens_are_not_left_to_the_fused_kernel(dtype,
     with autocast, layers.constant_tangents():
         arguments = tuple(x.to(cast) for x in leaves)
         out = torch.func.jvp(attend, arguments, tuple(x.to(cast) for x in tangents))[0] if tangent else attend(*arguments)
-    nodes, seen = [out.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        seen.add(node.name())
-        nodes += [child for child, _ in node.next_functions if child is not None]
-    assert any("FlashAttention" in name for name in seen) == fused
+    assert any("FlashAttention" in name for name in graph(out)) == fused
     exact_leaves = [x.double().requires_grad_() for x in primals]
     gradients = torch.autograd.grad(out.double().cos().sum(), leaves)
     expected = torch.autograd.grad(plain(*exact_leaves).cos().sum(), exact_leaves)
