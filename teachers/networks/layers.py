@@ -440,13 +440,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v)
     with tangent_mode(), torch.autocast(q.device.type, enabled=False):
         tangents = [torch.zeros_like(x) if t_x is None else t_x for x, t_x in ((q, t_q), (k, t_k), (v, t_v))]
-        with tf32_products() if rounds_more_than_tf32(q) else nullcontext():
+        with tf32_products() if rounds_more_than_tf32(out) else nullcontext():
             t_out = attention_tangent(q, k, v, *tangents).to(out.dtype)
     return fwAD.make_dual(out, t_out)
 
 
 def rounds_more_than_tf32(x: Tensor) -> bool:
-    """Whether ``x`` is on a GPU and has no more digits than TF32, which then costs its fp32 products none."""
+    """Whether ``x`` is on a GPU and was rounded to fewer digits than TF32 has, so that it loses none by such products."""
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
 
 
