@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -21,11 +22,22 @@ def tune_cpu() -> None:
 
 
 def use_all_cores() -> None:
-    """Undo what ``accelerate launch`` does to a single process on CPUs: one thread unless told otherwise."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Undo what ``accelerate launch`` does to a single process on CPUs: one thread unless told otherwise, by
+    ``OMP_NUM_THREADS`` in its own environment too.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and not parent_has("OMP_NUM_THREADS")
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and int(os.environ.get("WORLD_SIZE", 1)) == 1:
         allowed = getattr(os, "sched_getaffinity", None)  # Linux only
         torch.set_num_threads(len(allowed(0)) if allowed else os.cpu_count())
+
+
+def parent_has(variable: str) -> bool:
+    """Whether the process that started this one was given an environment variable; unknown outside Linux: no."""
+    try:
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return False
+    return any(entry.startswith(f"{variable}=".encode()) for entry in environment.split(b"\0"))
 
 
 def keep_freed_memory() -> None:

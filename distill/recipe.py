@@ -270,8 +270,9 @@ def recipe_path(name: str | Path, kind: str = "recipe") -> Path:
         if folder.is_dir():
             found = sorted(p.relative_to(folder) for p in folder.rglob("*.yaml"))
             shipped = [str(p) for p in found if (p.parts[0] == "compare") == (kind == "comparison")]
-            near = difflib.get_close_matches(str(relative), shipped, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"{kind}s that ship: {', '.join(shipped)}"
+            stems = {str(Path(name).with_suffix("")): name for name in shipped}
+            near = difflib.get_close_matches(str(relative.with_suffix("")), stems, n=1)
+            hint = f"did you mean {stems[near[0]]}?" if near else f"{kind}s that ship: {', '.join(shipped)}"
             raise FileNotFoundError(f"no {kind} {str(name)!r}; {hint}")
     raise FileNotFoundError(f"no {kind} {str(name)!r}")
 
@@ -290,6 +291,8 @@ def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
     """
     path = recipe_path(source)
     values = read_yaml(path)
+    if "models" in values and "objective" not in values:
+        raise ValueError(f"{path} is a comparison, which trains nothing: run distill compare {path}")
     for key, value in (overrides or {}).items():
         set_dotted(values, key, {"source": value} if key == "data" and isinstance(value, str) else value)
     return parse_recipe(values, str(path))

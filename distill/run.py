@@ -266,7 +266,7 @@ def memory_line(recipe: Recipe, memory: Memory | None) -> str:
 
 def stop(*_) -> None:
     """End on SIGTERM before or after the training loop: what was trained so far is in checkpoints."""
-    print("stopped by SIGTERM outside the training loop; continue with resume_from_checkpoint=latest")
+    print("stopped by SIGTERM outside the training loop; resume_from_checkpoint=latest goes on from the last checkpoint")
     raise SystemExit(0)
 
 

@@ -218,6 +218,7 @@ class Trainer:
 
     def compile_networks(self) -> None:
         """In place, so that nothing else need know. Averages that only samples are drawn from stay as they are."""
+        self.print(f"compile: {self.recipe.compile}; the networks are compiled in the first step, which can take minutes")
         torch._inductor.config.fallback_random = True  # dropout masks are replayed, so both graphs must draw alike
         networks = [self.network, self.teacher, self.velocity_teacher]
         networks += [holder.network for holder in (self.fake, self.target) if holder is not None]
@@ -533,7 +534,9 @@ class Trainer:
 
     def divergence(self, reason: str, since: int) -> TrainingError:
         """What a run ends with whose weights are no good ``since`` some step."""
-        last = next((path for path in reversed(ckpt.checkpoints(self.output_dir)) if ckpt.step_of(path) < since), "none")
+        before = (path for path in reversed(ckpt.checkpoints(self.output_dir)) if ckpt.step_of(path) < since)
+        asked = self.recipe.resume_from_checkpoint
+        last = next(before, "none" if asked in (None, "latest") else asked)
         return TrainingError(
             f"training has diverged: {reason}; the last good checkpoint: {last}; gradient and tangent norms up to here: "
             f"{self.output_dir / 'curves.png'}; try a lower learning rate or a longer tangent warm-up"

@@ -192,7 +192,9 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["recipes/nothing.yaml"], "no recipe"),
+        (["recipes/nothing.yaml"], "no recipe 'recipes/nothing.yaml'; recipes that ship: "),
+        (["recipes/mnist-flwo.yaml"], "did you mean mnist-flow.yaml?"),
+        (["recipes/compare/report.yaml"], "is a comparison, which trains nothing: run distill compare"),
         (["mnist.yaml", "max_train_stepz=3"], "did you mean max_train_steps?"),
         (["mnist.yaml", "teacher=nobody", "--check"], "no model 'nobody'"),
         (["mnist.yaml", "sample_shape=[3,32,32]", "--check"], "take samples of shape [1, 28, 28], got [3, 32, 32]"),

@@ -292,6 +292,10 @@ def test_an_absurd_learning_rate_ends_with_the_last_good_checkpoint(world, capsy
         lines[-1][f"largest_{key}"] > 10 * lines[0][f"largest_{key}"] for key in ("tangent_norm", "grad_norm")
     )  # fmt: skip
     assert (folder / "run/curves.png").stat().st_mtime_ns >= (folder / "run/metrics.jsonl").stat().st_mtime_ns
+    start = str(folder / "run/checkpoint-2")
+    elsewhere = [f"output_dir={folder}/elsewhere", f"resume_from_checkpoint={start}", "evaluation.validation_samples=0"]
+    assert main([str(path), *elsewhere]) == 1
+    assert f"the last good checkpoint: {start}; " in capsys.readouterr().err
 
 
 @contextmanager
