@@ -50,10 +50,14 @@ def random_teacher(folder: str, name: str = TEACHER) -> str:
     config = released_config(name)
     network = build(config["network"], config["network_config"])
     form = [config[key] for key in ("sigma_data", "sample_shape", "num_classes", "label_format")]
-    teacher = teachers.wrap(network, teachers.EDM, *form)
+    return save_randomized(teachers.wrap(network, teachers.EDM, *form), Path(folder, name))
+
+
+def save_randomized(teacher: teachers.Teacher, folder: Path) -> str:
+    """Make every weight random and write the model folder; its path."""
     randomize(teacher, seed=0)
-    teachers.save_pretrained(teacher, Path(folder, name), "teacher")
-    return str(Path(folder, name))
+    teachers.save_pretrained(teacher, folder, "teacher")
+    return str(folder)
 
 
 def steps(teacher: str, batch: int, shared: bool, folder: str) -> Steps:

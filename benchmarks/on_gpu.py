@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from cost import Steps, synchronize
-from forwards import random_teacher, randomize
+from forwards import random_teacher, save_randomized
 
 import teachers
 from distill.device import autocast
@@ -26,13 +26,13 @@ from distill.plan.memory import GB, step_memory
 from distill.plan.networks import planned_networks
 from distill.plan.passes import Passes
 from distill.plan.report import step_flops
-from distill.recipe import load_recipe, parse_overrides
+from distill.recipe import Recipe, load_recipe, parse_overrides
 from teachers.networks import build
 
 SIT = "sit-b-2"
 
 
-def random_sit(folder: str, recipe) -> str:
+def random_sit(folder: str, recipe: Recipe) -> str:
     """A model folder of SiT-B/2 with random weights, for samples of the recipe's shape."""
     torch.manual_seed(0)
     channels, size, _ = recipe.sample_shape
@@ -41,9 +41,7 @@ def random_sit(folder: str, recipe) -> str:
         num_classes=recipe.num_classes, learn_sigma=False,
     ))  # fmt: skip
     teacher = teachers.wrap(network, teachers.RECTIFIED_FLOW, recipe.sigma_data, recipe.sample_shape, recipe.num_classes)
-    randomize(teacher, seed=0)
-    teachers.save_pretrained(teacher, Path(folder, SIT), "teacher")
-    return str(Path(folder, SIT))
+    return save_randomized(teacher, Path(folder, SIT))
 
 
 def seconds(call, times: int) -> float:
@@ -79,6 +77,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("overrides", nargs="*", help="recipe values as key=value")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU")
     changes = parse_overrides(options.overrides) | {"data": {"source": "teacher"}, "evaluation": {"validation_samples": 0}}
     named = load_recipe(options.recipe, changes)
     with tempfile.TemporaryDirectory() as folder:

